@@ -1,0 +1,59 @@
+"""sessionstore: a shared session store on Redis for agent managers.
+
+    >>> from sessionstore import SessionStore
+    >>> store = SessionStore.from_url("redis://localhost:6379")       # doctest: +SKIP
+    >>> session = store.create_session("claude", "service-1", "/src") # doctest: +SKIP
+
+``SessionStore`` is for threads, ``AsyncSessionStore`` for asyncio; both have the same methods.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+from logging import NullHandler, getLogger
+
+from sessionstore.errors import (
+    InvalidArgumentError,
+    MetadataLimitError,
+    OutcomeUnknownError,
+    SchemaMismatchError,
+    ServiceSessionInUseError,
+    SessionExistsError,
+    SessionNotFoundError,
+    SessionStatusError,
+    SessionStoreError,
+    UnknownSessionTypeError,
+    UnreadableSessionError,
+    UnsafeServerError,
+)
+from sessionstore.models import AgentSession, AgentSessionStatus, BufferPage, SessionMetrics
+from sessionstore.settings import StoreSettings
+from sessionstore.store import AsyncSessionStore, SessionStore
+
+try:
+    __version__ = version("sessionstore")
+except PackageNotFoundError:  # run from a source tree that was not installed
+    __version__ = "0"
+
+__all__ = [
+    "AgentSession",
+    "AgentSessionStatus",
+    "AsyncSessionStore",
+    "BufferPage",
+    "InvalidArgumentError",
+    "MetadataLimitError",
+    "OutcomeUnknownError",
+    "SchemaMismatchError",
+    "ServiceSessionInUseError",
+    "SessionExistsError",
+    "SessionMetrics",
+    "SessionNotFoundError",
+    "SessionStatusError",
+    "SessionStore",
+    "SessionStoreError",
+    "StoreSettings",
+    "UnknownSessionTypeError",
+    "UnreadableSessionError",
+    "UnsafeServerError",
+    "__version__",
+]
+
+getLogger("sessionstore").addHandler(NullHandler())

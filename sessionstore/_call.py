@@ -1,0 +1,85 @@
+"""A call: one round trip to Redis, as a value.
+
+An operation builds a call and does no I/O; a store carries it out, blocking or awaiting. So each
+operation is written once and serves both. There are two kinds: a ``Call`` runs one Lua script; a
+``Snapshot`` reads a session whole, in one MULTI.
+
+A decoder turns Redis's reply into the result, or into the next call where one round trip cannot
+be enough: the next page of a listing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+U = TypeVar("U")
+C = TypeVar("C")
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """Run one script.
+
+    ``lane`` is None for a read. For a write it names the key of a lane in the same hash slot as
+    ``keys``: the store puts that key before ``keys`` and the write's sequence number before
+    ``args`` (see ``lanes.py``).
+    """
+
+    script: str
+    keys: Sequence[str]
+    args: Sequence[str | int]
+    decode: Callable[[Any], T | Call[T] | Snapshot[T]]
+    lane: Callable[[str], str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot(Generic[T]):
+    """Run reading commands in one MULTI, so that their replies are of one moment."""
+
+    commands: Sequence[tuple[str | int, ...]]
+    decode: Callable[[Any], T | Call[T] | Snapshot[T]]
+
+
+Request = Call[T] | Snapshot[T]
+
+
+def then(request: Request[T], use: Callable[[T], U | Request[U]]) -> Request[U]:
+    """The same request, its result handed to ``use``."""
+
+    def decode(reply: Any) -> U | Request[U]:
+        result = request.decode(reply)
+        return then(result, use) if isinstance(result, (Call, Snapshot)) else use(result)
+
+    if isinstance(request, Snapshot):
+        return Snapshot(request.commands, decode)
+    return Call(request.script, request.keys, request.args, decode, request.lane)
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T, C]):
+    """Some items, and the cursor to go on from; None at the end."""
+
+    items: Sequence[T]
+    cursor: C | None
+
+
+@dataclass(frozen=True, slots=True)
+class Feed(Generic[T, C]):
+    """Items in pages: a first cursor, and the call for the page at a cursor."""
+
+    first: C
+    page: Callable[[C], Request[Page[T, C]]]
+
+    def collect(self) -> Request[list[T]]:
+        """All items, page after page."""
+        return self._collect([], self.first)
+
+    def _collect(self, before: list[T], cursor: C) -> Request[list[T]]:
+        def more(page: Page[T, C]) -> list[T] | Request[list[T]]:
+            items = [*before, *page.items] if before else list(page.items)
+            return items if page.cursor is None else self._collect(items, page.cursor)
+
+        return then(self.page(cursor), more)

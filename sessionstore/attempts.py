@@ -1,0 +1,70 @@
+"""One deadline per call, over all its attempts.
+
+With a client of its own, a store sends a call again after a failure that may pass by itself, with
+exponential backoff and full jitter (Marc Brooker, "Exponential Backoff And Jitter"). The last
+attempt must fit in the deadline too: waiting for a connection, connecting, and reading the reply.
+So the deadline is divided:
+
+    0 s                               5.5 s        6.5 s        7.5 s               10 s
+    |------- attempts may begin --------|- pool wait -|- connect --|------ read ------|
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from dataclasses import dataclass, field
+
+from sessionstore.errors import OutcomeUnknownError, is_transient, surely_not_run
+
+logger = logging.getLogger("sessionstore")
+
+ATTEMPTS_SHARE = 0.55
+POOL_WAIT_SHARE = 0.1
+CONNECT_SHARE = 0.1
+READ_SHARE = 0.25
+
+_FIRST_PAUSE = 0.01  # seconds
+_LONGEST_PAUSE = 0.5
+
+
+@dataclass(slots=True)
+class Attempts:
+    """The attempts of one call.
+
+    ``deadline`` is in seconds, None for a client that was handed in: its own retries, if any, are
+    all there are.
+    """
+
+    what: str
+    deadline: float | None
+    is_write: bool
+    _began: float = field(default_factory=time.monotonic)
+    _failed: int = 0
+    _may_have_run: bool = False
+
+    def pause_after(self, error: Exception) -> float:
+        """Seconds to wait before the next attempt.
+
+        Raises:
+            OutcomeUnknownError: no more attempts, and this write may or may not have happened.
+            redis.RedisError: no more attempts; the error itself.
+        """
+        # A client that was handed in may have tried more often than it tells.
+        self._may_have_run |= self.deadline is None or not surely_not_run(error)
+        self._failed += 1
+        pause = random.uniform(0, min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**self._failed))
+        time_left = (self.deadline or 0) * ATTEMPTS_SHARE - (time.monotonic() - self._began)
+        if is_transient(error) and pause < time_left:
+            logger.info(
+                "%s: attempt %d failed (%s), next in %.2f s",
+                self.what, self._failed, type(error).__name__, pause,
+            )  # fmt: skip
+            return pause
+        if self.is_write and self._may_have_run and is_transient(error):
+            raise OutcomeUnknownError(
+                f"{self.what}: no answer after {self._failed} attempts; it may or may not have "
+                f"been carried out, store.repeat(error) sends it again safely ({error})"
+            ) from error
+        raise error

@@ -1,0 +1,149 @@
+"""Redis's replies to models.
+
+Bytes, strings and reply lists end here: a client may answer in bytes or (``decode_responses``)
+in text, with a hash as a list or (RESP 3) as a dict, and nobody further up sees a difference.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import ValidationError
+
+from sessionstore.errors import SessionNotFoundError, UnreadableSessionError, refusal
+from sessionstore.models import STATUSES, AgentSession, BufferPage, SessionMetrics
+
+logger = logging.getLogger("sessionstore")
+
+METADATA_PREFIX = "meta:"
+
+
+def text(value: Any) -> str:
+    """A string from the server, whichever way the client hands it out."""
+    return value if isinstance(value, str) else bytes(value).decode()
+
+
+def texts(values: Iterable[Any]) -> tuple[str, ...]:
+    """Strings from the server."""
+    return tuple(map(text, values))
+
+
+def _pairs(reply: Mapping[Any, Any] | Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    if isinstance(reply, Mapping):
+        return iter(reply.items())
+    values = iter(reply)
+    return zip(values, values, strict=True)
+
+
+def hash_fields(reply: Mapping[Any, Any] | Sequence[Any]) -> dict[str, str]:
+    """The fields of a hash, given as a dict or as one flat list."""
+    return {text(name): text(value) for name, value in _pairs(reply)}
+
+
+def moment(time: Sequence[Any]) -> datetime:
+    """The reply of TIME: seconds and microseconds."""
+    seconds, microseconds = int(time[0]), int(time[1])
+    return datetime.fromtimestamp(seconds, UTC).replace(microsecond=microseconds)
+
+
+def moment_of_us(microseconds: int) -> datetime:
+    """A point in time given in microseconds since 1970."""
+    return moment(divmod(microseconds, 1_000_000))
+
+
+def done(reply: Any) -> str:
+    """The result of a write, or the error it was refused with."""
+    answer = text(reply)
+    word, _, result = answer.partition(" ")
+    if word != "ok":
+        raise refusal(answer)
+    return result
+
+
+def session(
+    fields: Mapping[Any, Any] | Sequence[Any],
+    output: Iterable[Any],
+    errors: Iterable[Any],
+    read_at: datetime,
+) -> AgentSession | None:
+    """A stored session; None if there is none.
+
+    Raises:
+        UnreadableSessionError: the record breaks the format.
+    """
+    if not fields:
+        return None
+    stored: dict[str, Any] = {}
+    try:
+        metadata: dict[str, str] = {}
+        for name, value in hash_fields(fields).items():
+            if name.startswith(METADATA_PREFIX):
+                metadata[name[len(METADATA_PREFIX) :]] = value
+            else:
+                stored[name] = value
+        stored["output_buffer"], stored["error_buffer"] = texts(output), texts(errors)
+        stored["metadata"], stored["read_at"] = metadata, read_at
+        return AgentSession.model_validate(stored)
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise _unreadable(stored.get("id"), error) from error
+
+
+def _unreadable(session_id: str | None, error: ValidationError | UnicodeDecodeError) -> Exception:
+    # Names of fields and rules, never the values: they may be anything.
+    if isinstance(error, ValidationError):
+        reason = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+    else:
+        reason = "it holds bytes that are not UTF-8"
+    unreadable = UnreadableSessionError(f"session {session_id!r} cannot be read: {reason}")
+    unreadable.session_id = session_id
+    return unreadable
+
+
+def readable(
+    rows: Iterable[tuple[Any, Iterable[Any], Iterable[Any]]], read_at: datetime
+) -> list[AgentSession]:
+    """The sessions of a listing; those that cannot be read are left out and logged."""
+    sessions: list[AgentSession] = []
+    for fields, output, errors in rows:
+        try:
+            found = session(fields, output, errors, read_at)
+        except UnreadableSessionError as error:
+            logger.warning("left out of a listing: %s", error)
+            continue
+        if found is None:
+            logger.warning("left out of a listing: an id that is indexed but has no session")
+        else:
+            sessions.append(found)
+    return sessions
+
+
+def buffer_page(session_id: str, cursor: int, reply: Sequence[Any]) -> BufferPage:
+    """A page of a buffer, read from position ``cursor``."""
+    if not reply[0]:
+        raise SessionNotFoundError.from_details({"session_id": session_id})
+    status, total, oldest, start, entries = reply
+    end = int(start) + len(entries)
+    return BufferPage(
+        chunks=texts(entries),
+        cursor=end,
+        dropped=max(0, int(oldest) - cursor),
+        lost=max(0, cursor - int(total)),
+        ended=text(status) in ("terminated", "error") and end == int(total),
+    )
+
+
+def metrics(reply: Sequence[Any]) -> SessionMetrics:
+    """The counts of ``get_metrics``."""
+    total, counts, types = reply
+    by_status = dict(zip(STATUSES, map(int, counts), strict=True))
+    return SessionMetrics(
+        total_sessions=int(total),
+        active_sessions=by_status["active"],
+        busy_sessions=by_status["busy"],
+        error_sessions=by_status["error"],
+        sessions_by_type={text(name): int(count) for name, count in _pairs(types)},
+        sessions_by_status=by_status,
+    )

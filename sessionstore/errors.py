@@ -1,0 +1,193 @@
+"""What can go wrong, as classes.
+
+    SessionStoreError
+    ├── SessionNotFoundError          SESSION_NOT_FOUND
+    ├── SessionStatusError            SESSION_STATUS
+    ├── SessionExistsError            SESSION_EXISTS
+    ├── ServiceSessionInUseError      SERVICE_SESSION_IN_USE
+    ├── MetadataLimitError            METADATA_LIMIT
+    ├── InvalidArgumentError          INVALID_ARGUMENT          (a ValueError too)
+    │   └── UnknownSessionTypeError   UNKNOWN_SESSION_TYPE
+    ├── UnreadableSessionError        UNREADABLE_SESSION
+    ├── SchemaMismatchError           SCHEMA_MISMATCH
+    ├── UnsafeServerError             UNSAFE_SERVER
+    └── OutcomeUnknownError           OUTCOME_UNKNOWN           (a redis.RedisError too)
+
+Every class has a ``code``. A Lua script refuses with the same word, so that grep finds both ends
+of a refusal. Redis's own failures stay redis-py exceptions: a store that cannot be reached
+raises, it never looks empty.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any, ClassVar
+
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    BusyLoadingError,
+    ClusterDownError,
+    ConnectionError,
+    MaxConnectionsError,
+    ReadOnlyError,
+    RedisError,
+    TimeoutError,
+    TryAgainError,
+)
+
+_BY_CODE: dict[str, type[SessionStoreError]] = {}
+
+
+class SessionStoreError(Exception):
+    """Base of all errors of this library.
+
+    Attributes that do not apply are ``None``: ``session_id``, ``status`` and ``owner`` of the
+    session in question, ``expires_in`` in seconds.
+    """
+
+    code: ClassVar[str] = "SESSION_STORE_ERROR"
+    session_id: str | None = None
+    status: str | None = None
+    owner: str | None = None
+    expires_in: float | None = None
+
+    def __init_subclass__(cls, *, code: str, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.code = code
+        _BY_CODE[code] = cls
+
+    @classmethod
+    def from_details(cls, details: dict[str, Any]) -> SessionStoreError:
+        """The error that a script's refusal stands for."""
+        error = cls(cls.message(details))
+        for name, value in details.items():
+            setattr(error, name, value)
+        return error
+
+    @classmethod
+    def message(cls, details: dict[str, Any]) -> str:
+        return f"{cls.code}: {details}"
+
+
+class SessionNotFoundError(SessionStoreError, code="SESSION_NOT_FOUND"):
+    """There is no session with this id."""
+
+    @classmethod
+    def message(cls, details: dict[str, Any]) -> str:
+        return f"no session {details['session_id']!r}"
+
+
+class SessionStatusError(SessionStoreError, code="SESSION_STATUS"):
+    """The session's status is not one of those expected; nothing was changed."""
+
+    @classmethod
+    def message(cls, details: dict[str, Any]) -> str:
+        return f"session {details['session_id']!r} is {details['status']}; nothing was changed"
+
+
+class SessionExistsError(SessionStoreError, code="SESSION_EXISTS"):
+    """A new session's id is taken: its creation was sent again after more than ten minutes."""
+
+    @classmethod
+    def message(cls, details: dict[str, Any]) -> str:
+        return f"session {details['session_id']!r} exists already"
+
+
+class ServiceSessionInUseError(SessionStoreError, code="SERVICE_SESSION_IN_USE"):
+    """A session that has not ended drives this service session already (``unique=True``)."""
+
+    @classmethod
+    def message(cls, details: dict[str, Any]) -> str:
+        owner = details.get("owner")
+        return (
+            f"session {details['session_id']!r} ({details['status']}"
+            f"{f', owned by {owner}' if owner else ''}) already drives this service session"
+        )
+
+
+class MetadataLimitError(SessionStoreError, code="METADATA_LIMIT"):
+    """The session would have too many metadata names; nothing was changed."""
+
+    limit: int
+
+    @classmethod
+    def message(cls, details: dict[str, Any]) -> str:
+        return f"session {details['session_id']!r} may have {details['limit']} metadata names"
+
+
+class InvalidArgumentError(SessionStoreError, ValueError, code="INVALID_ARGUMENT"):
+    """An argument breaks a rule. Nothing was sent."""
+
+    argument: str | None = None
+
+    @classmethod
+    def of(cls, argument: str, rule: str) -> InvalidArgumentError:
+        """The error for one argument, its message naming argument and rule."""
+        error = cls(f"{argument} {rule}")
+        error.argument = argument
+        return error
+
+
+class UnknownSessionTypeError(InvalidArgumentError, code="UNKNOWN_SESSION_TYPE"):
+    """The store was told to accept only some types, and this is none of them."""
+
+
+class UnreadableSessionError(SessionStoreError, code="UNREADABLE_SESSION"):
+    """A stored session breaks the format; somebody else has written to it."""
+
+
+class SchemaMismatchError(SessionStoreError, code="SCHEMA_MISMATCH"):
+    """The namespace was laid out by another version of the library, or with other settings."""
+
+
+class UnsafeServerError(SessionStoreError, code="UNSAFE_SERVER"):
+    """The server may evict any key when its memory is full, and so tear sessions apart."""
+
+
+class OutcomeUnknownError(SessionStoreError, RedisError, code="OUTCOME_UNKNOWN"):
+    """A write was sent, no answer came within the deadline: it may or may not have happened.
+
+    Sending it again through another call could apply it twice. ``store.repeat(error)`` sends
+    exactly this write again, safely: it is carried out unless it already was.
+    """
+
+    #: What ``store.repeat`` needs: the call, its lane, and until when a repeat is safe.
+    pending: Any = None
+
+
+def refusal(answer: str) -> SessionStoreError:
+    """The error for a script's answer ``CODE {details as JSON}``."""
+    code, _, details = answer.partition(" ")
+    return _BY_CODE.get(code, SessionStoreError).from_details(json.loads(details or "{}"))
+
+
+# Which failures of a connection or a server pass by themselves.
+TRANSIENT: tuple[type[Exception], ...] = (
+    ConnectionError,
+    TimeoutError,
+    ReadOnlyError,  # a primary that has just been made a replica
+    TryAgainError,
+    ClusterDownError,
+)
+_NEVER_TRANSIENT = (AuthenticationError, AuthorizationError)
+_NEVER_SENT = (ConnectionRefusedError, FileNotFoundError, socket.gaierror)
+_NEVER_RUN = (BusyLoadingError, ReadOnlyError, TryAgainError, ClusterDownError, MaxConnectionsError)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same command may well succeed a moment later."""
+    return isinstance(error, TRANSIENT) and not isinstance(error, _NEVER_TRANSIENT)
+
+
+def surely_not_run(error: BaseException) -> bool:
+    """Whether the server certainly did not carry out the command that failed like this."""
+    if isinstance(error, (*_NEVER_RUN, *_NEVER_TRANSIENT)):
+        return True
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, _NEVER_SENT):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False

@@ -1,0 +1,9 @@
+-- add_output: append chunks to a session's output buffer, oldest entries making room.
+--
+-- KEYS    1 lane  2 session  3 its list of output  4 activity
+-- ARGV    1 sequence  2 session id  3 most entries kept, 0 = no bound
+--         4 most bytes kept, 0 = no bound  5… the chunks
+-- Returns ok <entries ever added>
+-- Errors  SESSION_NOT_FOUND
+--- @include once, clock, status, append
+return append('output')

@@ -1,0 +1,2 @@
+-- status: which statuses are an end.
+local ENDED = {terminated = true, error = true}

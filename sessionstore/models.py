@@ -1,0 +1,88 @@
+"""What a user sees: frozen values with aware datetimes and tuples.
+
+``model_dump(by_alias=True, mode="json")`` gives the wire names of the TypeScript original.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field
+
+AgentSessionStatus = Literal["starting", "active", "busy", "error", "terminated"]
+STATUSES: tuple[AgentSessionStatus, ...] = get_args(AgentSessionStatus)
+#: The statuses of a session that has ended.
+ENDED_STATUSES: tuple[AgentSessionStatus, ...] = ("terminated", "error")
+#: The others.
+LIVE_STATUSES: tuple[AgentSessionStatus, ...] = ("starting", "active", "busy")
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class AgentSession(_Value):
+    """One session as it was at ``read_at``.
+
+    ``output_buffer`` and ``error_buffer`` hold the entries that were asked for, oldest first;
+    ``output_total`` and ``error_total`` count all that were ever added. Times are the server's.
+    """
+
+    id: str
+    type: str
+    service_session_id: str = Field(serialization_alias="serviceSessionId")
+    status: AgentSessionStatus
+    project_path: str = Field(serialization_alias="projectPath")
+    task_id: str | None = Field(default=None, serialization_alias="taskId")
+    mcp_session_id: str | None = Field(default=None, serialization_alias="mcpSessionId")
+    created_at: datetime
+    last_activity: datetime
+    output_buffer: tuple[str, ...] = ()
+    error_buffer: tuple[str, ...] = ()
+    output_total: int = 0
+    error_total: int = 0
+    metadata: dict[str, str] = {}
+    owner: str | None = None
+    lease_expires_at: datetime | None = None
+    read_at: datetime
+
+    @property
+    def idle_for(self) -> float:
+        """Seconds since the last activity, when the session was read."""
+        return (self.read_at - self.last_activity).total_seconds()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the session is ``terminated`` or ``error``."""
+        return self.status in ENDED_STATUSES
+
+
+class SessionMetrics(_Value):
+    """How many sessions there are, by status and by type."""
+
+    total_sessions: int = Field(serialization_alias="totalSessions")
+    active_sessions: int = Field(serialization_alias="activeSessions")
+    busy_sessions: int = Field(serialization_alias="busySessions")
+    error_sessions: int = Field(serialization_alias="errorSessions")
+    sessions_by_type: dict[str, int] = Field(serialization_alias="sessionsByType")
+    sessions_by_status: dict[AgentSessionStatus, int] = Field(
+        serialization_alias="sessionsByStatus"
+    )
+
+
+class BufferPage(_Value):
+    """A stretch of a buffer.
+
+    ``chunks`` are the entries up to position ``cursor``, where the next page begins; positions
+    count entries since the session began. ``dropped`` entries between the asked cursor and the
+    first chunk had been trimmed away. ``lost`` is 0, or how far the asked cursor lay beyond the
+    end: the server has lost writes. ``ended``: the session has ended and this page reaches the
+    end of the buffer.
+    """
+
+    chunks: tuple[str, ...]
+    cursor: int
+    dropped: int = 0
+    lost: int = 0
+    ended: bool = False

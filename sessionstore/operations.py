@@ -1,0 +1,465 @@
+"""Every operation of a session store, once.
+
+A method here checks its arguments and describes one round trip; it does no I/O. ``SessionStore``
+shows these methods as blocking ones, ``AsyncSessionStore`` as coroutine functions, with the same
+arguments, results and errors. What happens inside Redis is in ``lua/<operation>.lua``.
+
+First the twelve methods of the TypeScript original, under their own names; then what goes beyond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from sessionstore import arguments as check
+from sessionstore import codec
+from sessionstore._call import Call, Request, Snapshot, then
+from sessionstore._operation import operation
+from sessionstore.errors import SessionNotFoundError
+from sessionstore.keys import Keys, new_session_id
+from sessionstore.listing import CREATED, Filters, Listing, Order, filters_of, whole_session
+from sessionstore.models import (
+    LIVE_STATUSES,
+    STATUSES,
+    AgentSession,
+    AgentSessionStatus,
+    BufferPage,
+    SessionMetrics,
+)
+from sessionstore.settings import StoreSettings
+
+
+class SessionOperations:
+    """The operations; see the module."""
+
+    settings: StoreSettings
+    keys: Keys
+    redact: Callable[[str], str] | None
+
+    # ---- The original ---------------------------------------------------------------------
+
+    @operation
+    def create_session(
+        self,
+        type: str,
+        service_session_id: str,
+        project_path: str,
+        task_id: str | None = None,
+        mcp_session_id: str | None = None,
+        *,
+        status: AgentSessionStatus = "active",
+        metadata: Mapping[str, str] | None = None,
+        unique: bool = False,
+    ) -> Call[AgentSession]:
+        """Create a session.
+
+        Args:
+            type: the agent, such as ``claude``: ``[a-z][a-z0-9_-]{0,31}``.
+            service_session_id: the agent's own id of its session.
+            project_path: the directory it works in.
+            task_id: the task it works on.
+            mcp_session_id: the MCP session it belongs to.
+            status: the status it begins with.
+            metadata: string fields of your own, as in ``update_metadata``.
+            unique: refuse if a session that has not ended drives this service session.
+
+        Raises:
+            ServiceSessionInUseError: with ``unique``; names that session and its holder.
+            UnknownSessionTypeError: the store accepts only other types.
+            InvalidArgumentError: another argument breaks its rule.
+        """
+        check.session_type(type, self.settings.types)
+        fields = {
+            "service_session_id": check.text("service_session_id", service_session_id),
+            "project_path": check.text("project_path", project_path, check.MAX_PATH_LENGTH),
+        }
+        keys = self.keys
+        indexes = [
+            keys.by_type(type),
+            keys.by_status(check.status("status", status)),
+            keys.by_service(service_session_id),
+        ]
+        if task_id is not None:
+            fields["task_id"] = check.text("task_id", task_id)
+            indexes.append(keys.by_task(task_id))
+        if mcp_session_id is not None:
+            fields["mcp_session_id"] = check.text("mcp_session_id", mcp_session_id)
+            indexes.append(keys.by_mcp(mcp_session_id))
+        noted = {name: v for name, v in check.metadata(metadata or {}).items() if v is not None}
+        session_id = new_session_id(type, service_session_id)
+
+        def decode(reply: Any) -> AgentSession:
+            created_at = codec.moment_of_us(int(codec.done(reply)))
+            times = dict.fromkeys(("created_at", "last_activity", "read_at"), created_at)
+            own = {"id": session_id, "type": type, "status": status, "metadata": noted}
+            return AgentSession.model_validate(fields | own | times)
+
+        stored = fields | {codec.METADATA_PREFIX + name: value for name, value in noted.items()}
+        return Call(
+            "create_session",
+            keys=(
+                keys.session(session_id),
+                keys.sessions,
+                keys.types,
+                keys.activity,
+                keys.ended,
+                keys.events,
+                *indexes,
+            ),
+            args=(
+                session_id,
+                keys.prefix,
+                "1" if unique else "",
+                status,
+                type,
+                *(part for pair in stored.items() for part in pair),
+            ),
+            decode=decode,
+            lane=keys.lane,
+        )
+
+    @operation
+    def get_session(self, session_id: str, *, tail: int | None = None) -> Request[AgentSession]:
+        """Get a session, as one consistent snapshot.
+
+        Args:
+            session_id: the session.
+            tail: how many of the newest entries of each buffer to load; None all, 0 none.
+
+        Raises:
+            SessionNotFoundError: there is no such session.
+        """
+
+        def found(session: AgentSession | None) -> AgentSession:
+            if session is None:
+                raise SessionNotFoundError.from_details({"session_id": session_id})
+            return session
+
+        return then(self._read(session_id, tail), found)
+
+    @operation
+    def find_session(
+        self, session_id: str, *, tail: int | None = None
+    ) -> Request[AgentSession | None]:
+        """Find a session by its id: ``get_session`` that answers None instead of raising."""
+        return self._read(session_id, tail)
+
+    @operation
+    def find_session_by_service_id(
+        self, service_session_id: str, *, tail: int | None = None, live: bool = False
+    ) -> Request[AgentSession | None]:
+        """Find the earliest created session of a service session.
+
+        Args:
+            service_session_id: the agent's own id of its session.
+            tail: as in ``get_session``.
+            live: consider only sessions that have not ended.
+        """
+        filters = filters_of(
+            self.keys,
+            service_session_id=service_session_id,
+            status=LIVE_STATUSES if live else None,
+        )
+        sessions = self._list(filters, limit=1, tail=tail)
+        return then(sessions, lambda found: found[0] if found else None)
+
+    @operation
+    def update_status(
+        self,
+        session_id: str,
+        status: AgentSessionStatus,
+        *,
+        expected: AgentSessionStatus | Iterable[AgentSessionStatus] | None = None,
+    ) -> Call[None]:
+        """Set a session's status; this is activity of the session.
+
+        Args:
+            session_id: the session.
+            status: the new status.
+            expected: the status, or statuses, that it must have now; None any.
+
+        Raises:
+            SessionNotFoundError: there is no such session.
+            SessionStatusError: its status is not among ``expected``; nothing was changed.
+        """
+        keys = self.keys
+        return Call(
+            "update_status",
+            keys=(
+                keys.session(check.text("session_id", session_id)),
+                keys.activity,
+                keys.ended,
+                keys.events,
+                keys.by_status(check.status("status", status)),
+            ),
+            args=(
+                session_id,
+                keys.prefix,
+                status,
+                *(() if expected is None else check.statuses("expected", expected)),
+            ),
+            decode=_nothing,
+            lane=keys.lane,
+        )
+
+    @operation
+    def update_activity(self, session_id: str) -> Call[None]:
+        """Mark a session as active now, by the server's clock.
+
+        Raises:
+            SessionNotFoundError: there is no such session.
+        """
+        keys = self.keys
+        return Call(
+            "update_activity",
+            keys=(keys.session(check.text("session_id", session_id)), keys.activity),
+            args=(session_id,),
+            decode=_nothing,
+            lane=keys.lane,
+        )
+
+    @operation
+    def add_output(self, session_id: str, *chunks: str | bytes) -> Call[int]:
+        """Append to a session's output; this is activity of the session.
+
+        Args:
+            session_id: the session.
+            chunks: the entries, str or bytes (decoded as UTF-8 with replacement), at most
+                10,000 in one call; either all of them are added or none.
+
+        Returns:
+            How many entries were ever added to this buffer.
+
+        Raises:
+            SessionNotFoundError: there is no such session.
+        """
+        return self._append("add_output", session_id, self.keys.output(session_id), chunks)
+
+    @operation
+    def add_error(self, session_id: str, *chunks: str | bytes) -> Call[int]:
+        """Append to a session's error buffer; otherwise as ``add_output``."""
+        return self._append("add_error", session_id, self.keys.errors(session_id), chunks)
+
+    @operation
+    def delete_session(self, session_id: str) -> Call[bool]:
+        """Delete a session with its buffers.
+
+        Returns:
+            True if it was deleted, False if there was no such session.
+        """
+        keys = self.keys
+        return Call(
+            "delete_session",
+            keys=(
+                keys.session(check.text("session_id", session_id)),
+                keys.output(session_id),
+                keys.errors(session_id),
+                keys.sessions,
+                keys.activity,
+                keys.ended,
+                keys.leases,
+                keys.types,
+                keys.events,
+            ),
+            args=(session_id, keys.prefix),
+            decode=lambda reply: codec.done(reply) == "1",
+            lane=keys.lane,
+        )
+
+    @operation
+    def get_all_sessions(self, *, tail: int | None = None) -> Request[list[AgentSession]]:
+        """Get all sessions in the order of their creation; ``tail`` as in ``get_session``."""
+        return self._list((), tail=tail)
+
+    @operation
+    def get_sessions_by_type(
+        self, type: str, *, tail: int | None = None
+    ) -> Request[list[AgentSession]]:
+        """Get the sessions of one agent type in the order of their creation."""
+        return self._list(filters_of(self.keys, type=type), tail=tail)
+
+    @operation
+    def get_metrics(self) -> Call[SessionMetrics]:
+        """Count the sessions by status and by type, at the same cost however many there are."""
+        keys = self.keys
+        return Call(
+            "get_metrics",
+            keys=(keys.sessions, keys.types),
+            args=(keys.prefix, *STATUSES),
+            decode=codec.metrics,
+        )
+
+    # ---- Beyond the original --------------------------------------------------------------
+
+    @operation
+    def find_sessions(
+        self,
+        *,
+        type: str | None = None,
+        status: AgentSessionStatus | Iterable[AgentSessionStatus] | None = None,
+        task_id: str | None = None,
+        mcp_session_id: str | None = None,
+        service_session_id: str | None = None,
+        owner: str | None = None,
+        idle_for: float | None = None,
+        order: Order = CREATED,
+        limit: int | None = None,
+        tail: int | None = 0,
+    ) -> Request[list[AgentSession]]:
+        """Find the sessions that match all of the filters given.
+
+        Args:
+            type: of this agent type.
+            status: of this status, or of one of these.
+            task_id: working on this task.
+            mcp_session_id: belonging to this MCP session.
+            service_session_id: driving this service session.
+            owner: held by this worker.
+            idle_for: without activity for at least so many seconds; of ended sessions, ended
+                for at least so long.
+            order: ``created``, or ``-last_activity`` for the latest active first.
+            limit: at most so many.
+            tail: as in ``get_session``; buffers are not loaded unless asked for.
+        """
+        filters = filters_of(
+            self.keys,
+            type=type,
+            status=status,
+            task_id=task_id,
+            mcp_session_id=mcp_session_id,
+            service_session_id=service_session_id,
+            owner=owner,
+        )
+        return self._list(filters, idle_for=idle_for, order=order, limit=limit, tail=tail)
+
+    @operation
+    def read_output(self, session_id: str, cursor: int = 0, limit: int = 1000) -> Call[BufferPage]:
+        """Read a page of a session's output, from an absolute position.
+
+        Args:
+            session_id: the session.
+            cursor: the position to begin at, counted since the session began; go on with the
+                ``cursor`` of the page before.
+            limit: at most so many entries, 1 to 1,000; a page also ends at 1 MiB.
+
+        Raises:
+            SessionNotFoundError: there is no such session.
+        """
+        return self._read_buffer(session_id, "output", self.keys.output, cursor, limit)
+
+    @operation
+    def read_errors(self, session_id: str, cursor: int = 0, limit: int = 1000) -> Call[BufferPage]:
+        """Read a page of a session's error buffer; otherwise as ``read_output``."""
+        return self._read_buffer(session_id, "error", self.keys.errors, cursor, limit)
+
+    @operation
+    def update_metadata(self, session_id: str, metadata: Mapping[str, str | None]) -> Call[None]:
+        """Set or remove string fields of your own: branch, model, pid, cost …
+
+        This is not activity of the session.
+
+        Args:
+            session_id: the session.
+            metadata: values by name, ``[A-Za-z0-9_.-]{1,64}``; None removes a name. A session has
+                at most 64 names, a value at most 4 KiB.
+
+        Raises:
+            SessionNotFoundError: there is no such session.
+            MetadataLimitError: it would have too many names; nothing was changed.
+        """
+        keys = self.keys
+        checked = check.metadata(metadata)
+        to_set = {name: value for name, value in checked.items() if value is not None}
+        return Call(
+            "update_metadata",
+            keys=(keys.session(check.text("session_id", session_id)),),
+            args=(
+                session_id,
+                check.MAX_METADATA_NAMES,
+                len(to_set),
+                *(p for n, v in to_set.items() for p in (codec.METADATA_PREFIX + n, v)),
+                *(codec.METADATA_PREFIX + name for name in checked if name not in to_set),
+            ),
+            decode=_nothing,
+            lane=keys.lane,
+        )
+
+    @operation
+    def ping(self) -> Request[bool]:
+        """True if the server answers; redis-py's exception if it does not."""
+        return Snapshot((("PING",),), decode=lambda reply: bool(reply))
+
+    # ---- What several of them share -------------------------------------------------------
+
+    def _read(self, session_id: str, tail: int | None) -> Request[AgentSession | None]:
+        """One session, whole or with the newest entries of its buffers."""
+        keys = self.keys
+        session = keys.session(check.text("session_id", session_id))
+        if check.tail(tail) == 0:
+            return Call(
+                "get_session",
+                keys=(session,),
+                args=(),
+                decode=lambda reply: codec.session(reply[1], (), (), codec.moment(reply[0])),
+            )
+        return whole_session(
+            keys,
+            session_id,
+            tail,
+            lambda reply: codec.session(*reply[1:4], codec.moment(reply[0])),
+        )
+
+    def _append(
+        self, script: str, session_id: str, buffer: str, chunks: tuple[str | bytes, ...]
+    ) -> Call[int]:
+        keys, settings = self.keys, self.settings
+        return Call(
+            script,
+            keys=(keys.session(check.text("session_id", session_id)), buffer, keys.activity),
+            args=(
+                session_id,
+                settings.buffer_limit,
+                settings.buffer_bytes,
+                *check.chunks(chunks, self.redact, settings.chunk_limit),
+            ),
+            decode=lambda reply: int(codec.done(reply)),
+            lane=keys.lane,
+        )
+
+    def _read_buffer(
+        self,
+        session_id: str,
+        buffer: str,
+        key: Callable[[str], str],
+        cursor: int,
+        limit: int,
+    ) -> Call[BufferPage]:
+        check.text("session_id", session_id)
+        return Call(
+            "read_buffer",
+            keys=(self.keys.session(session_id), key(session_id)),
+            args=(
+                check.whole("cursor", cursor, 0),
+                check.whole("limit", limit, 1, check.MAX_PAGE),
+                f"{buffer}_total",
+                f"{buffer}_bytes",
+            ),
+            decode=lambda reply: codec.buffer_page(session_id, cursor, reply),
+        )
+
+    def _list(
+        self,
+        filters: Filters,
+        *,
+        idle_for: float | None = None,
+        order: Order = CREATED,
+        limit: int | None = None,
+        tail: int | None = None,
+    ) -> Request[list[AgentSession]]:
+        """All sessions that match, page after page."""
+        return Listing(self.keys, filters, idle_for, order, limit, tail).feed().collect()
+
+
+def _nothing(reply: Any) -> None:
+    codec.done(reply)

@@ -1,0 +1,92 @@
+"""Settings of a store, from arguments or from the environment.
+
+An argument wins over the environment variable ``SESSIONSTORE_<NAME>``, which wins over the
+default. Workers that share a namespace should share its settings.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any, Self, TypedDict
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from sessionstore.errors import InvalidArgumentError
+
+ENVIRONMENT_PREFIX = "SESSIONSTORE_"
+
+
+class SettingsArguments(TypedDict, total=False):
+    """The settings as keyword arguments; ``StoreSettings`` explains them."""
+
+    namespace: str
+    buffer_limit: int
+    buffer_bytes: int
+    chunk_limit: int
+    types: frozenset[str] | set[str] | list[str] | tuple[str, ...] | None
+    deadline: float
+    max_connections: int
+    allow_eviction: bool
+
+
+class StoreSettings(BaseModel):
+    """How a store behaves."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    namespace: Annotated[
+        str,
+        Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}$", description="first part of every key"),
+    ] = "agents"
+    buffer_limit: Annotated[
+        int, Field(ge=0, description="most entries a buffer keeps; 0 = no bound")
+    ] = 10_000
+    buffer_bytes: Annotated[
+        int, Field(ge=0, description="most bytes a buffer keeps (UTF-8 + 16 an entry); 0 = none")
+    ] = 8 * 1024 * 1024
+    chunk_limit: Annotated[
+        int, Field(ge=1, le=64 * 1024 * 1024, description="most bytes of one chunk")
+    ] = 1024 * 1024
+    types: Annotated[
+        frozenset[str] | None, Field(description="the only agent types accepted; None = any")
+    ] = None
+    deadline: Annotated[
+        float, Field(gt=0, le=60, description="seconds a call may take over all its attempts")
+    ] = 10.0
+    max_connections: Annotated[
+        int, Field(ge=1, description="connections of the pool that from_url opens")
+    ] = 50
+    allow_eviction: Annotated[
+        bool, Field(description="open a store on a server that may evict any key")
+    ] = False
+
+    @field_validator("types", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return frozenset(filter(None, (one.strip() for one in value.split(","))))
+        return value
+
+    @classmethod
+    def load(cls, **arguments: Any) -> Self:
+        """The settings given as arguments, completed from the environment.
+
+        Raises:
+            InvalidArgumentError: a value breaks its rule; the message names the setting.
+        """
+        values: dict[str, Any] = {}
+        sources: dict[str, str] = {}
+        for name in cls.model_fields:
+            variable = ENVIRONMENT_PREFIX + name.upper()
+            if os.environ.get(variable):
+                values[name], sources[name] = os.environ[variable], variable
+        values.update(arguments)
+        sources.update(dict.fromkeys(arguments, ""))
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            raise InvalidArgumentError.of(
+                sources.get(name) or name, f"is not valid: {first['msg']}"
+            ) from None

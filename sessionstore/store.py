@@ -1,0 +1,369 @@
+"""The stores: where requests are carried out, blocking or on an event loop.
+
+``SessionStore`` and ``AsyncSessionStore`` show the operations of ``operations.py``. Only how a
+request travels differs, and it stands here twice, side by side. Sending a request again is always
+safe: a read changes nothing, and a write carries the token of its lane (``lanes.py``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar, Unpack
+
+import redis
+import redis.asyncio
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError, ResponseError
+from redis.retry import Retry
+
+from sessionstore import opening
+from sessionstore._call import Call, Request, Snapshot
+from sessionstore._operation import AsyncExecutor, SyncExecutor
+from sessionstore.attempts import CONNECT_SHARE, POOL_WAIT_SHARE, READ_SHARE, Attempts
+from sessionstore.errors import (
+    TRANSIENT,
+    InvalidArgumentError,
+    OutcomeUnknownError,
+    SessionStoreError,
+)
+from sessionstore.keys import Keys
+from sessionstore.lanes import REPEATABLE_FOR, Lane, Lanes
+from sessionstore.operations import SessionOperations
+from sessionstore.scripts import Script, load
+from sessionstore.settings import SettingsArguments, StoreSettings
+
+T = TypeVar("T")
+URL_VARIABLE = "SESSIONSTORE_URL"
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A write whose outcome is unknown: all it takes to send exactly it again."""
+
+    store: _Store
+    request: Request[Any]
+    lane: Lane
+    until: float  # of time.monotonic(): the lane remembers the write for longer than that
+
+
+class _Store(SessionOperations):
+    """What both stores have, apart from I/O."""
+
+    _client: Any  # redis-py's own types are too loose to help: a command's reply is unknown
+
+    def __init__(
+        self, *, own_client: bool, redact: Callable[[str], str] | None, settings: StoreSettings
+    ) -> None:
+        self.settings = settings
+        self.keys = Keys(settings.namespace)
+        self.redact = redact
+        self._own_client = own_client
+        self._lanes = Lanes()
+        self._checked = False
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of namespace {self.settings.namespace!r}>"
+
+    def _attempts(self, request: Request[Any]) -> Attempts:
+        what = "get_session" if isinstance(request, Snapshot) else request.script
+        deadline = self.settings.deadline if self._own_client else None
+        return Attempts(what, deadline, is_write=_is_write(request))
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise SessionStoreError("this store has been closed")
+
+    def _settle(self, error: BaseException, request: Request[Any], lane: Lane) -> None:
+        """Keep the lane of a write whose outcome is unknown; let others have it otherwise."""
+        if isinstance(error, OutcomeUnknownError):
+            until = time.monotonic() + REPEATABLE_FOR - self.settings.deadline
+            error.pending = Pending(self, request, lane, until)
+        else:
+            self._lanes.give_back(lane)
+
+    def _take_pending(self, error: OutcomeUnknownError) -> Pending:
+        pending = error.pending
+        if not isinstance(pending, Pending) or pending.store is not self:
+            raise InvalidArgumentError.of("error", "is not of this store, or was repeated already")
+        if time.monotonic() > pending.until:
+            raise InvalidArgumentError.of(
+                "error", "is over nine minutes old: sending its write again is not safe any more"
+            )
+        error.pending = None
+        return pending
+
+    def _check_opened(self, replies: list[Any]) -> None:
+        meta, info = replies
+        if isinstance(meta, ResponseError):
+            raise meta
+        opening.check_layout(meta, self.settings)
+        opening.check_server(info, self.settings)
+        self._checked = True
+
+
+class SessionStore(_Store, SyncExecutor):
+    """The session store for threads.
+
+    Share one among all threads of a process; close it at the end, or use it in a ``with``.
+
+    Args:
+        client: a ``redis.Redis`` of yours, used as it is and never closed. None: connect to the
+            URL in ``SESSIONSTORE_URL``.
+        redact: called with every chunk before it leaves the process, returns what is stored.
+        settings: see ``StoreSettings``.
+    """
+
+    def __init__(
+        self,
+        client: redis.Redis | None = None,
+        *,
+        redact: Callable[[str], str] | None = None,
+        **settings: Unpack[SettingsArguments],
+    ) -> None:
+        loaded = StoreSettings.load(**settings)
+        super().__init__(own_client=client is None, redact=redact, settings=loaded)
+        self._client = client or _connect(_url_from_environment(), loaded)
+
+    @classmethod
+    def from_url(
+        cls,
+        url: str,
+        *,
+        redact: Callable[[str], str] | None = None,
+        **settings: Unpack[SettingsArguments],
+    ) -> Self:
+        """A store with a client of its own: blocking pool, retries, one deadline per call.
+
+        Args:
+            url: ``redis://``, ``rediss://`` or ``unix://``, as redis-py takes it.
+            redact: see the class.
+            settings: see ``StoreSettings``.
+        """
+        store = cls(_connect(url, StoreSettings.load(**settings)), redact=redact, **settings)
+        store._own_client = True
+        return store
+
+    def execute(self, request: Request[T]) -> T:
+        """Carry out a request, and those that follow from it."""
+        result: T | Request[T] = request
+        while isinstance(result, (Call, Snapshot)):
+            result = self._carry_out(result, self._lanes.take() if _is_write(result) else None)
+        return result
+
+    def _carry_out(self, request: Request[T], lane: Lane | None) -> T | Request[T]:
+        attempts = self._attempts(request)
+        try:
+            while True:
+                try:
+                    if not self._checked:
+                        self._open()
+                    reply = self._send(request, lane)
+                    break
+                except TRANSIENT as error:
+                    time.sleep(attempts.pause_after(error))
+        except BaseException as error:
+            if lane is not None:
+                self._settle(error, request, lane)
+            raise
+        if lane is not None:
+            self._lanes.give_back(lane)
+        return request.decode(reply)
+
+    def _send(self, request: Request[Any], lane: Lane | None) -> Any:
+        if isinstance(request, Snapshot):
+            with self._client.pipeline(transaction=True) as pipe:
+                for command in request.commands:
+                    pipe.execute_command(*command)
+                return pipe.execute()
+        script, operands = _command(request, lane)
+        try:
+            return self._client.execute_command("EVALSHA", script.sha, *operands)
+        except NoScriptError:
+            return self._client.execute_command("EVAL", script.text, *operands)
+
+    def _open(self) -> None:
+        self._refuse_if_closed()
+        script, operands = _command(opening.open_store(self.keys), None)
+        with self._client.pipeline(transaction=False) as pipe:
+            pipe.execute_command("EVAL", script.text, *operands)
+            pipe.execute_command(*opening.INFO)
+            self._check_opened(pipe.execute(raise_on_error=False))
+
+    def repeat(self, error: OutcomeUnknownError) -> Any:
+        """Send a write of unknown outcome again; it is carried out unless it already was.
+
+        Returns:
+            What the write would have returned.
+
+        Raises:
+            InvalidArgumentError: over nine minutes have passed, or it was repeated already.
+            OutcomeUnknownError: still no answer; this new error can be repeated.
+        """
+        pending = self._take_pending(error)
+        return self._carry_out(pending.request, pending.lane)
+
+    def close(self) -> None:
+        """Close the connections that the store has opened."""
+        self._closed, self._checked = True, False
+        if self._own_client:
+            self._client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class AsyncSessionStore(_Store, AsyncExecutor):
+    """The session store for asyncio: the same methods, awaited.
+
+    Share one among all tasks of an event loop; close it at the end, or use it in an
+    ``async with``. The arguments are those of ``SessionStore``, with a ``redis.asyncio.Redis``.
+    """
+
+    def __init__(
+        self,
+        client: redis.asyncio.Redis | None = None,
+        *,
+        redact: Callable[[str], str] | None = None,
+        **settings: Unpack[SettingsArguments],
+    ) -> None:
+        loaded = StoreSettings.load(**settings)
+        super().__init__(own_client=client is None, redact=redact, settings=loaded)
+        self._client = client or _connect_async(_url_from_environment(), loaded)
+
+    @classmethod
+    def from_url(
+        cls,
+        url: str,
+        *,
+        redact: Callable[[str], str] | None = None,
+        **settings: Unpack[SettingsArguments],
+    ) -> Self:
+        """A store with a client of its own; see ``SessionStore.from_url``."""
+        store = cls(_connect_async(url, StoreSettings.load(**settings)), redact=redact, **settings)
+        store._own_client = True
+        return store
+
+    async def execute(self, request: Request[T]) -> T:
+        """Carry out a request, and those that follow from it."""
+        result: T | Request[T] = request
+        while isinstance(result, (Call, Snapshot)):
+            lane = self._lanes.take() if _is_write(result) else None
+            result = await self._carry_out(result, lane)
+        return result
+
+    async def _carry_out(self, request: Request[T], lane: Lane | None) -> T | Request[T]:
+        attempts = self._attempts(request)
+        try:
+            while True:
+                try:
+                    if not self._checked:
+                        await self._open()
+                    reply = await self._send(request, lane)
+                    break
+                except TRANSIENT as error:
+                    await asyncio.sleep(attempts.pause_after(error))
+        except BaseException as error:
+            if lane is not None:
+                self._settle(error, request, lane)
+            raise
+        if lane is not None:
+            self._lanes.give_back(lane)
+        return request.decode(reply)
+
+    async def _send(self, request: Request[Any], lane: Lane | None) -> Any:
+        if isinstance(request, Snapshot):
+            async with self._client.pipeline(transaction=True) as pipe:
+                for command in request.commands:
+                    pipe.execute_command(*command)
+                return await pipe.execute()
+        script, operands = _command(request, lane)
+        try:
+            return await self._client.execute_command("EVALSHA", script.sha, *operands)
+        except NoScriptError:
+            return await self._client.execute_command("EVAL", script.text, *operands)
+
+    async def _open(self) -> None:
+        self._refuse_if_closed()
+        script, operands = _command(opening.open_store(self.keys), None)
+        async with self._client.pipeline(transaction=False) as pipe:
+            pipe.execute_command("EVAL", script.text, *operands)
+            pipe.execute_command(*opening.INFO)
+            self._check_opened(await pipe.execute(raise_on_error=False))
+
+    async def repeat(self, error: OutcomeUnknownError) -> Any:
+        """Send a write of unknown outcome again; see ``SessionStore.repeat``."""
+        pending = self._take_pending(error)
+        return await self._carry_out(pending.request, pending.lane)
+
+    async def close(self) -> None:
+        """Close the connections that the store has opened."""
+        self._closed, self._checked = True, False
+        if self._own_client:
+            await self._client.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+
+def _is_write(request: Request[Any]) -> bool:
+    return isinstance(request, Call) and request.lane is not None
+
+
+def _command(call: Call[Any], lane: Lane | None) -> tuple[Script, tuple[str | int, ...]]:
+    """The script, and what follows it in EVALSHA: number of keys, keys, arguments."""
+    if lane is None or call.lane is None:
+        return load(call.script), (len(call.keys), *call.keys, *call.args)
+    keys = (call.lane(lane.name), *call.keys)
+    return load(call.script), (len(keys), *keys, lane.sequence, *call.args)
+
+
+def _url_from_environment() -> str:
+    url = os.environ.get(URL_VARIABLE)
+    if not url:
+        raise InvalidArgumentError.of(
+            URL_VARIABLE, "is not set: set it to the server's URL, or pass a client or use from_url"
+        )
+    return url
+
+
+def _pool_options(settings: StoreSettings) -> dict[str, Any]:
+    """Finite waits everywhere; the store itself decides when to try again."""
+    return {
+        "max_connections": settings.max_connections,
+        "timeout": settings.deadline * POOL_WAIT_SHARE,
+        "socket_connect_timeout": settings.deadline * CONNECT_SHARE,
+        "socket_timeout": settings.deadline * READ_SHARE,
+        # With RESP 3, redis-py 8.1's asyncio client does not notice idle connections that the
+        # server has closed.
+        "protocol": 2,
+    }
+
+
+def _connect(url: str, settings: StoreSettings) -> redis.Redis:
+    pool_class: Any = redis.BlockingConnectionPool
+    try:
+        pool = pool_class.from_url(url, retry=Retry(NoBackoff(), 0), **_pool_options(settings))
+    except ValueError as error:
+        raise InvalidArgumentError.of("url", f"is not valid: {error}") from None
+    return redis.Redis.from_pool(pool)
+
+
+def _connect_async(url: str, settings: StoreSettings) -> redis.asyncio.Redis:
+    pool_class: Any = redis.asyncio.BlockingConnectionPool
+    try:
+        pool = pool_class.from_url(url, retry=AsyncRetry(NoBackoff(), 0), **_pool_options(settings))
+    except ValueError as error:
+        raise InvalidArgumentError.of("url", f"is not valid: {error}") from None
+    return redis.asyncio.Redis.from_pool(pool)
