@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -51,7 +51,10 @@ def then(request: Request[T], use: Callable[[T], U | Request[U]]) -> Request[U]:
 
     def decode(reply: Any) -> U | Request[U]:
         result = request.decode(reply)
-        return then(result, use) if isinstance(result, (Call, Snapshot)) else use(result)
+        if isinstance(result, (Call, Snapshot)):
+            following: Request[T] = cast("Any", result)
+            return then(following, use)
+        return use(result)
 
     if isinstance(request, Snapshot):
         return Snapshot(request.commands, decode)

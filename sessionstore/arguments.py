@@ -122,7 +122,7 @@ def chunks(
     for value in values:
         if isinstance(value, str):
             chunk = value
-        elif isinstance(value, (bytes, bytearray, memoryview)):
+        elif isinstance(value, (bytes, bytearray)):
             chunk = bytes(value).decode(errors="replace")
         else:
             raise InvalidArgumentError.of(

@@ -102,10 +102,11 @@ def _unreadable(session_id: str | None, error: ValidationError | UnicodeDecodeEr
     return unreadable
 
 
-def readable(
-    rows: Iterable[tuple[Any, Iterable[Any], Iterable[Any]]], read_at: datetime
-) -> list[AgentSession]:
-    """The sessions of a listing; those that cannot be read are left out and logged."""
+def readable(rows: Iterable[Sequence[Any]], read_at: datetime) -> list[AgentSession]:
+    """The sessions of a listing, from rows of fields, output and errors.
+
+    Those that cannot be read are left out and logged.
+    """
     sessions: list[AgentSession] = []
     for fields, output, errors in rows:
         try:

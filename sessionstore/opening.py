@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from sessionstore import codec
 from sessionstore._call import Call
@@ -60,8 +60,9 @@ def check_server(info: Any, settings: StoreSettings) -> None:
     if not isinstance(info, Mapping):
         logger.warning("INFO is not available here: cannot tell whether the server evicts keys")
         return
-    policy = str(info.get("maxmemory_policy", ""))
-    if not int(info.get("maxmemory", 0)):
+    memory: Mapping[str, Any] = cast("Any", info)
+    policy = str(memory.get("maxmemory_policy", ""))
+    if not int(memory.get("maxmemory", 0)):
         return
     if policy.startswith("allkeys-") and not settings.allow_eviction:
         raise UnsafeServerError(

@@ -403,12 +403,12 @@ class SessionOperations:
                 args=(),
                 decode=lambda reply: codec.session(reply[1], (), (), codec.moment(reply[0])),
             )
-        return whole_session(
-            keys,
-            session_id,
-            tail,
-            lambda reply: codec.session(*reply[1:4], codec.moment(reply[0])),
-        )
+
+        def decode(reply: Any) -> AgentSession | None:
+            time, fields, output, errors = reply
+            return codec.session(fields, output, errors, codec.moment(time))
+
+        return whole_session(keys, session_id, tail, decode)
 
     def _append(
         self, script: str, session_id: str, buffer: str, chunks: tuple[str | bytes, ...]

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack, cast
 
 import redis
 import redis.asyncio
@@ -128,7 +128,7 @@ class SessionStore(_Store, SyncExecutor):
     ) -> None:
         loaded = StoreSettings.load(**settings)
         super().__init__(own_client=client is None, redact=redact, settings=loaded)
-        self._client = client or _connect(_url_from_environment(), loaded)
+        self._client = _connect(_url_from_environment(), loaded) if client is None else client
 
     @classmethod
     def from_url(
@@ -153,7 +153,9 @@ class SessionStore(_Store, SyncExecutor):
         """Carry out a request, and those that follow from it."""
         result: T | Request[T] = request
         while isinstance(result, (Call, Snapshot)):
-            result = self._carry_out(result, self._lanes.take() if _is_write(result) else None)
+            following: Request[T] = cast("Any", result)
+            lane = self._lanes.take() if _is_write(following) else None
+            result = self._carry_out(following, lane)
         return result
 
     def _carry_out(self, request: Request[T], lane: Lane | None) -> T | Request[T]:
@@ -237,7 +239,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
     ) -> None:
         loaded = StoreSettings.load(**settings)
         super().__init__(own_client=client is None, redact=redact, settings=loaded)
-        self._client = client or _connect_async(_url_from_environment(), loaded)
+        self._client = _connect_async(_url_from_environment(), loaded) if client is None else client
 
     @classmethod
     def from_url(
@@ -256,8 +258,9 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         """Carry out a request, and those that follow from it."""
         result: T | Request[T] = request
         while isinstance(result, (Call, Snapshot)):
-            lane = self._lanes.take() if _is_write(result) else None
-            result = await self._carry_out(result, lane)
+            following: Request[T] = cast("Any", result)
+            lane = self._lanes.take() if _is_write(following) else None
+            result = await self._carry_out(following, lane)
         return result
 
     async def _carry_out(self, request: Request[T], lane: Lane | None) -> T | Request[T]:
