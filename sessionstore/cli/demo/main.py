@@ -1,0 +1,206 @@
+"""The demo as a whole: a server, the workers, what one sees, the verdict."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from uuid import uuid4
+
+from redis import Redis
+
+from sessionstore import SessionStore
+from sessionstore._server import PrivateServer, find_program
+from sessionstore.cli.demo import show
+from sessionstore.cli.demo.jobs import built_in_jobs, jobs_from
+from sessionstore.cli.demo.verify import Findings, verify
+from sessionstore.cli.demo.worker import Job
+
+REFRESH_SECONDS = 0.15
+
+
+@dataclass
+class Progress:
+    """What the workers have reported."""
+
+    jobs: Sequence[Job]
+    sessions: dict[int, str] = field(default_factory=dict[int, str])  # job number → session id
+    codes: dict[str, int] = field(default_factory=dict[str, int])  # session id → exit code
+    workers: dict[int, int] = field(default_factory=dict[int, int])  # job number → worker
+    failures: list[str] = field(default_factory=list[str])
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def take(self, report: Mapping[str, Any], worker: int) -> None:
+        with self.lock:
+            number = report["job"]
+            self.workers[number] = worker
+            if report["event"] == "created":
+                self.sessions[number] = report["session_id"]
+            elif report["event"] == "done":
+                self.codes[report["session_id"]] = report["code"]
+            else:
+                self.failures.append(f"{self.jobs[number]['title']}: {report['error']}")
+
+
+def run_demo(
+    commands: Path | None,
+    *,
+    url: str | None,
+    server: str | None,
+    keep: bool,
+    workers: int,
+    json_output: bool,
+) -> int:
+    """Run the demo and return its exit code: 0 if everything was found to be right.
+
+    Args:
+        commands: a file with a command a line; None: the built-in ones.
+        url: a server that runs already; None: start one, for the demo alone.
+        server: which program to start; None: the first that is found.
+        keep: leave server and sessions there at the end.
+        workers: how many worker processes.
+        json_output: print nothing but one JSON object at the end.
+    """
+    say = show.Quiet() if json_output else show.on_this_terminal()
+    with ExitStack() as stack:
+        own = stack.enter_context(PrivateServer(find_program(server))) if url is None else None
+        # In the server's directory, which goes even if the demo is killed.
+        directory = Path(stack.enter_context(TemporaryDirectory(dir=own.directory if own else None)))
+        jobs = built_in_jobs(directory) if commands is None else jobs_from(commands)
+        namespace = "agents" if own else f"demo-{uuid4().hex[:8]}"
+        server_url = own.url if own else str(url)
+        say.began(own, server_url, namespace, jobs, workers)
+        code = _run(server_url, namespace, directory, jobs, workers, say, json_output)
+        if own and keep:
+            own.keep()
+        elif not own and not keep:
+            _remove(server_url, namespace)
+        say.farewell(own, server_url, namespace, keep=keep)
+    return code
+
+
+def _run(
+    url: str,
+    namespace: str,
+    directory: Path,
+    jobs: Sequence[Job],
+    workers: int,
+    say: show.Shown,
+    json_output: bool,
+) -> int:
+    progress = Progress(jobs)
+    started = time.monotonic()
+    with SessionStore.from_url(url, namespace=namespace) as store:
+        store.ping()
+        with (
+            _workers(workers, url, namespace, directory, progress, say.reported) as threads,
+            say.live(store, progress) as refresh,
+        ):
+            while any(thread.is_alive() for thread in threads):
+                refresh()
+                time.sleep(REFRESH_SECONDS)
+            refresh()
+        findings = verify(url, namespace, directory, progress.codes)
+        findings.problems += progress.failures
+        findings.expect("jobs that ended", len(progress.codes), len(jobs))
+        metrics = store.get_metrics()
+        findings.expect("get_metrics total", metrics.total_sessions, len(progress.codes))
+    seconds = time.monotonic() - started
+    if json_output:
+        print(json.dumps(_summary(progress, findings, seconds), indent=2))
+    else:
+        say.verdict(progress, findings, seconds)
+        if progress.sessions:
+            say.redis_cli(url, namespace, progress.sessions[min(progress.sessions)])
+    return 1 if findings.problems else 0
+
+
+def _summary(progress: Progress, findings: Findings, seconds: float) -> dict[str, Any]:
+    return {
+        "sessions": len(progress.codes),
+        "exit_codes": {str(code): n for code, n in Counter(progress.codes.values()).items()},
+        "lines": findings.lines,
+        "buffers": findings.buffers,
+        "index_sets": findings.indexes,
+        "seconds": round(seconds, 1),
+        "problems": findings.problems,
+    }
+
+
+@contextmanager
+def _workers(
+    count: int,
+    url: str,
+    namespace: str,
+    directory: Path,
+    progress: Progress,
+    reported: Callable[[Job, int, Mapping[str, Any]], None],
+) -> Iterator[list[threading.Thread]]:
+    """The worker processes, and for each a thread that hands it jobs and takes its reports."""
+    waiting = list(reversed(progress.jobs))
+    processes: list[subprocess.Popen[str]] = []
+
+    def serve(process: subprocess.Popen[str], number: int) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        while True:
+            try:
+                job = waiting.pop()
+            except IndexError:
+                process.stdin.write("null\n")
+                process.stdin.flush()
+                return
+            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.flush()
+            for line in process.stdout:
+                report = json.loads(line)
+                progress.take(report, number)
+                reported(job, number, report)
+                if report["event"] != "created":
+                    break
+            else:
+                with progress.lock:
+                    progress.failures.append(f"worker {number} died at {job['title']!r}")
+                return
+
+    try:
+        for number in range(1, count + 1):
+            arguments = (url, namespace, str(directory), str(number))
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "sessionstore.cli.demo.worker", *arguments],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    start_new_session=True,  # Ctrl-C is for the demo, which then ends its workers
+                )
+            )
+        threads = [
+            threading.Thread(target=serve, args=(process, number), daemon=True)
+            for number, process in enumerate(processes, 1)
+        ]
+        for thread in threads:
+            thread.start()
+        yield threads
+    finally:
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.close()  # a worker that still has a job ends it
+        for process in processes:
+            process.wait(timeout=10)
+
+
+def _remove(url: str, namespace: str) -> None:
+    client: Any = Redis.from_url(url)
+    with client:
+        for key in client.scan_iter(f"{{{namespace}}}:*", count=1000):
+            client.unlink(key)

@@ -1,0 +1,274 @@
+"""What the demo prints: a live table on a terminal, plain lines elsewhere, nothing if quiet."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from sessionstore import AgentSession, SessionMetrics, SessionStore
+from sessionstore._server import PrivateServer
+from sessionstore.cli.demo.verify import Findings
+from sessionstore.cli.demo.worker import Job
+from sessionstore.cli.terminal import one_line
+
+if TYPE_CHECKING:
+    from sessionstore.cli.demo.main import Progress
+
+STYLES = {
+    "starting": "yellow",
+    "active": "cyan",
+    "busy": "bold cyan",
+    "error": "red",
+    "terminated": "green",
+}
+LIVE_ROWS = 16
+
+
+class Shown(Protocol):
+    """What the demo has to say, in the order in which it says it."""
+
+    def began(
+        self,
+        own: PrivateServer | None,
+        url: str,
+        namespace: str,
+        jobs: Sequence[Job],
+        workers: int,
+    ) -> None: ...
+    def reported(self, job: Job, worker: int, report: Mapping[str, Any]) -> None: ...
+    def live(self, store: SessionStore, progress: Progress) -> Any: ...
+    def verdict(self, progress: Progress, findings: Findings, seconds: float) -> None: ...
+    def redis_cli(self, url: str, namespace: str, session_id: str) -> None: ...
+    def farewell(
+        self, own: PrivateServer | None, url: str, namespace: str, *, keep: bool
+    ) -> None: ...
+
+
+class Quiet:
+    """Says nothing."""
+
+    def began(self, *_: Any) -> None:
+        pass
+
+    def reported(self, *_: Any) -> None:
+        pass
+
+    @contextmanager
+    def live(self, *_: Any) -> Iterator[Callable[[], None]]:
+        yield lambda: None
+
+    def verdict(self, *_: Any) -> None:
+        pass
+
+    def redis_cli(self, *_: Any) -> None:
+        pass
+
+    def farewell(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+def on_this_terminal() -> Shown:
+    """A live table if stdout is a terminal, plain lines if it is not."""
+    console = Console(highlight=False)
+    return OnTerminal(console) if console.is_terminal else Printed(console)
+
+
+class Printed(Quiet):
+    """Plain lines."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._started = time.monotonic()
+
+    def _line(self, text: str = "", style: str | None = None) -> None:
+        self.console.print(Text(text, style=style or ""), soft_wrap=True)
+
+    def began(
+        self,
+        own: PrivateServer | None,
+        url: str,
+        namespace: str,
+        jobs: Sequence[Job],
+        workers: int,
+    ) -> None:
+        where = f"{own.program}, started for this demo" if own else "a server that runs already"
+        self._line(f"{where}: {_without_password(url)}", "bold")
+        self._line(f"{len(jobs)} commands, {workers} worker processes, namespace {{{namespace}}}")
+        self._line()
+
+    def reported(self, job: Job, worker: int, report: Mapping[str, Any]) -> None:
+        clock = f"{time.monotonic() - self._started:5.1f} s"
+        if report["event"] == "created":
+            what = f"starts  {job['type']:<7} {job['title']}"
+        elif report["event"] == "done":
+            ended = "terminated" if report["code"] == 0 else f"error, exit code {report['code']}"
+            what = f"ended   {job['type']:<7} {job['title']}: {ended}"
+        else:
+            what = f"FAILED  {job['type']:<7} {job['title']}: {report['error']}"
+        self._line(f"{clock}  worker {worker}  {one_line(what)}")
+
+    def verdict(self, progress: Progress, findings: Findings, seconds: float) -> None:
+        codes = Counter("terminated" if code == 0 else "error" for code in progress.codes.values())
+        self._line()
+        self._line(
+            f"{len(progress.codes)} sessions in {seconds:.1f} s: "
+            + ", ".join(f"{count} {status}" for status, count in sorted(codes.items()))
+        )
+        self._line(
+            "Verified with plain redis-py against what the workers kept aside: "
+            f"{findings.lines:,} lines in {findings.buffers} lists, {findings.indexes} index sets"
+        )
+        if findings.problems:
+            for problem in findings.problems:
+                self._line(f"  ✗ {one_line(problem)}", "red")
+            self._line(f"{len(findings.problems)} problems", "bold red")
+        else:
+            self._line("  ✓ every line of every command is in its list, in order, once", "green")
+            self._line("  ✓ every index set holds exactly the sessions it should", "green")
+
+    def redis_cli(self, url: str, namespace: str, session_id: str) -> None:
+        """A few commands to type, with the replies that they get."""
+        from redis import Redis
+
+        client: Any = Redis.from_url(url, decode_responses=True, protocol=2)
+        prefix = f"{{{namespace}}}:"
+        commands: list[tuple[str, ...]] = [
+            ("SCARD", f"{prefix}sessions:status:terminated"),
+            ("SMEMBERS", f"{prefix}sessions:status:error"),
+            ("HGETALL", f"{prefix}session:{session_id}"),
+            ("LRANGE", f"{prefix}session:{session_id}:output", "-3", "-1"),
+            ("ZREVRANGE", f"{prefix}sessions", "0", "1", "WITHSCORES"),
+        ]
+        self._line()
+        self._line("The same sessions with plain redis-cli:", "bold")
+        with client:
+            raw = client.connection_pool.get_connection()
+            try:
+                for command in commands:
+                    words = [command[0], *(f"'{w}'" if "{" in w else w for w in command[1:])]
+                    self._line(f"$ {redis_cli(url)} {' '.join(words)}", "cyan")
+                    raw.send_command(*command)
+                    for line in _as_redis_cli(raw.read_response()):
+                        self._line(one_line(line))
+            finally:
+                client.connection_pool.release(raw)
+
+    def farewell(self, own: PrivateServer | None, url: str, namespace: str, *, keep: bool) -> None:
+        self._line()
+        if not keep:
+            if own:
+                self._line("The server is stopped now. To look around: sessionstore demo --keep")
+            else:
+                self._line("The demo's sessions are removed now. To keep them: --keep")
+            return
+        stop = f" (stop it with: kill {own.pid})" if own else ""
+        self._line(f"The server runs on{stop}. To go on:", "bold")
+        self._line(f"export SESSIONSTORE_URL={_without_password(url)}")
+        if namespace != "agents":
+            self._line(f"export SESSIONSTORE_NAMESPACE={namespace}")
+        self._line("sessionstore ls")
+        self._line("sessionstore run --type claude -- ls -l")
+        self._line("python3 - <<'PYTHON'")
+        for line in NEXT_STEPS.strip().splitlines():
+            self._line(line)
+        self._line("PYTHON")
+
+
+NEXT_STEPS = """
+from sessionstore import SessionStore
+with SessionStore() as store:
+    for session in store.find_sessions(status="error", tail=1):
+        print(session.id, session.metadata["exit_code"], session.error_buffer)
+    print(store.get_metrics())
+"""
+
+
+class OnTerminal(Printed):
+    """A table that lives while the workers run."""
+
+    def reported(self, job: Job, worker: int, report: Mapping[str, Any]) -> None:
+        pass  # the table shows it
+
+    @contextmanager
+    def live(self, store: SessionStore, progress: Progress) -> Iterator[Callable[[], None]]:
+        with Live(console=self.console, auto_refresh=False, transient=False) as live:
+            yield lambda: live.update(self._table(store, progress), refresh=True)
+
+    def _table(self, store: SessionStore, progress: Progress) -> Group:
+        sessions = store.get_all_sessions(tail=1)
+        rows = max(4, min(LIVE_ROWS, self.console.height - 8))
+        # Those that run, and the latest of the others, in the order of their creation.
+        running = [s for s in sessions if not s.ended]
+        others = [s for s in sessions if s.ended]
+        shown = {s.id for s in [*running, *reversed(others)][:rows]}
+        table = Table(box=None, pad_edge=False, expand=True)
+        for name in ("worker", "session", "job", "status"):
+            table.add_column(name, no_wrap=True, overflow="ellipsis")
+        for name in ("out", "err"):
+            table.add_column(name, justify="right")
+        table.add_column("last line", no_wrap=True, overflow="ellipsis", ratio=1)
+        for session in sessions:
+            if session.id in shown:
+                table.add_row(*self._row(session))
+        return Group(table, Text(), self._counts(store.get_metrics(), progress))
+
+    def _row(self, session: AgentSession) -> tuple[str | Text, ...]:
+        last = (session.output_buffer or session.error_buffer or ("",))[-1]
+        code = session.metadata.get("exit_code", "0")
+        status = session.status if code == "0" else f"{session.status} {code}"
+        return (
+            escape(session.metadata.get("worker", "")),
+            Text(session.id[: len("agent_") + len(session.type) + 9] + "…"),
+            Text(one_line(session.metadata.get("job", ""))[:30]),
+            Text(status, style=STYLES[session.status]),
+            str(session.output_total),
+            str(session.error_total),
+            Text(one_line(last)[:300], style="dim"),
+        )
+
+    def _counts(self, metrics: SessionMetrics, progress: Progress) -> Text:
+        text = Text(f"{metrics.total_sessions} of {len(progress.jobs)} sessions", style="bold")
+        for status, count in metrics.sessions_by_status.items():
+            if count:
+                text.append(f"   {count} {status}", style=STYLES[status])
+        for type, count in sorted(metrics.sessions_by_type.items()):
+            text.append(f"   {type} {count}", style="dim")
+        return text
+
+
+def redis_cli(url: str) -> str:
+    """How to call redis-cli for this URL, without its password."""
+    parts = urlsplit(url)
+    if parts.scheme == "unix":
+        return f"redis-cli -s {parts.path}"
+    return f"redis-cli -h {parts.hostname} -p {parts.port or 6379}"
+
+
+def _without_password(url: str) -> str:
+    parts = urlsplit(url)
+    return url.replace(f":{parts.password}@", ":***@") if parts.password else url
+
+
+def _as_redis_cli(reply: Any) -> Iterator[str]:
+    """A reply as redis-cli prints it on a terminal."""
+    if isinstance(reply, int):
+        yield f"(integer) {reply}"
+    elif isinstance(reply, str):
+        quoted = reply.replace("\\", r"\\").replace('"', r"\"")
+        yield f'"{quoted}"'
+    elif not reply:
+        yield "(empty array)" if isinstance(reply, (list, set)) else "(nil)"
+    else:
+        for number, item in enumerate(reply, 1):
+            for line in _as_redis_cli(item):
+                yield f"{number:>2}) {line}"

@@ -1,0 +1,112 @@
+"""Did the store keep what the commands said? Checked without the store.
+
+On one side the files that the workers wrote beside the store, byte for byte what the commands
+wrote; on the other Redis itself, read with plain redis-py and the key names of the README.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from redis import Redis
+
+from sessionstore.cli.demo.worker import KEPT_LINES, raw_output
+
+LONGEST_ENTRY = 64 * 1024
+
+
+@dataclass
+class Findings:
+    """What was compared, and what was wrong."""
+
+    lines: int = 0
+    buffers: int = 0
+    indexes: int = 0
+    problems: list[str] = field(default_factory=list[str])
+
+    def expect(self, what: str, found: object, wanted: object) -> None:
+        if found != wanted:
+            self.problems.append(f"{what}: found {found!r:.200}, wanted {wanted!r:.200}")
+
+
+def verify(url: str, namespace: str, directory: Path, codes: dict[str, int]) -> Findings:
+    """Compare everything; ``codes`` has the exit code of each session's command."""
+    findings = Findings()
+    client: Any = Redis.from_url(url, decode_responses=True)
+    with client:
+        prefix = f"{{{namespace}}}:"
+        hashes = {id: client.hgetall(f"{prefix}session:{id}") for id in codes}
+        for session_id, code in codes.items():
+            fields = hashes[session_id]
+            wanted = "terminated" if code == 0 else "error"
+            findings.expect(f"{session_id} status", fields.get("status"), wanted)
+            findings.expect(f"{session_id} exit code", fields.get("meta:exit_code"), str(code))
+            for descriptor, buffer, total in ((1, "output", "output"), (2, "errors", "error")):
+                file = raw_output(directory, session_id, descriptor)
+                data = file.read_bytes() if file.exists() else b""
+                _check_buffer(
+                    findings,
+                    f"{session_id} {buffer}",
+                    client.lrange(f"{prefix}session:{session_id}:{buffer}", 0, -1),
+                    int(fields.get(f"{total}_total", 0)),
+                    data,
+                )
+        _check_indexes(findings, client, prefix, hashes)
+    return findings
+
+
+def _check_buffer(
+    findings: Findings, what: str, entries: list[str], total: int, data: bytes
+) -> None:
+    """Every line in the list, in order, once; of a trimmed list, the newest ones."""
+    lines = data.split(b"\n")
+    if lines[-1] == b"":
+        lines.pop()
+    findings.buffers += 1
+    findings.lines += len(lines)
+    if any(len(line) > LONGEST_ENTRY for line in lines):  # split: compare the text as a whole
+        text = b"".join(lines).decode(errors="replace")
+        kept = "".join(entries)
+        findings.expect(what, kept, text[len(text) - len(kept) :])
+        return
+    findings.expect(f"{what}, lines ever added", total, len(lines))
+    newest = lines[len(lines) - len(entries) :]
+    findings.expect(what, entries, [line.decode(errors="replace") for line in newest])
+    findings.expect(f"{what}, lines kept", len(entries), min(len(lines), KEPT_LINES))
+
+
+def _check_indexes(
+    findings: Findings, client: Any, prefix: str, hashes: dict[str, dict[str, str]]
+) -> None:
+    """Each index set holds exactly the sessions whose hash says so."""
+    wanted: dict[str, set[str]] = defaultdict(set)
+    fields = {
+        "type": "type",
+        "status": "status",
+        "service": "service_session_id",
+        "task": "task_id",
+        "mcp": "mcp_session_id",
+    }
+    for session_id, stored in hashes.items():
+        for index, name in fields.items():
+            if name in stored:
+                wanted[f"{prefix}sessions:{index}:{stored[name]}"].add(session_id)
+    for key in _scan(client, f"{prefix}sessions:*"):
+        wanted.setdefault(key, set())  # an index set that should not be there
+    for key, ids in wanted.items():
+        findings.indexes += 1
+        findings.expect(key, client.smembers(key), ids)
+        findings.expect(f"{key}, cardinality", client.scard(key), len(ids))
+    findings.expect("all sessions", set(client.zrange(f"{prefix}sessions", 0, -1)), set(hashes))
+    ended = {id for id, stored in hashes.items() if stored.get("status") in ("error", "terminated")}
+    findings.expect("ended", set(client.zrange(f"{prefix}ended", 0, -1)), ended)
+    findings.expect("activity", client.zcard(f"{prefix}activity"), len(hashes) - len(ended))
+
+
+def _scan(client: Any, pattern: str) -> Iterable[str]:
+    for key in client.scan_iter(pattern, count=1000):
+        yield str(key)

@@ -1,0 +1,289 @@
+"""``sessionstore run``: one command as one session.
+
+The command's stdout and stderr are pipes. A thread each passes the bytes through at once and
+stores them as entries, line by line as they appear. The command is the main thing: an outage of
+the store holds its output up for a while, it does not end it.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+from sessionstore import OutcomeUnknownError, SessionNotFoundError, SessionStore
+from sessionstore.arguments import MAX_CHUNKS, MAX_METADATA_BYTES
+from sessionstore.errors import TRANSIENT
+from sessionstore.lines import LineSplitter
+
+PATIENCE = 60.0  # seconds that output waits for an unreachable store before it goes unrecorded
+LINGER = 2.0  # seconds without output after which a background process's pipe is left behind
+READ_SIZE = 64 * 1024
+FORWARDED = (
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
+FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
+NOT_FOUND, NOT_EXECUTABLE = 127, 126  # exit codes, as a shell gives them
+
+STDOUT, STDERR = 1, 2
+PASSING: tuple[type[Exception], ...] = (OutcomeUnknownError, *TRANSIENT)
+
+
+def run_command(
+    store: SessionStore,
+    command: Sequence[str],
+    *,
+    type: str,
+    service_session_id: str | None = None,
+    project_path: str | None = None,
+    task_id: str | None = None,
+    mcp_session_id: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    unique: bool = False,
+    on_created: Callable[[str], None] | None = None,
+    on_data: Callable[[int, bytes], None] | None = None,
+) -> int:
+    """Run a command as a session and wait for its end.
+
+    Args:
+        store: where the session is kept.
+        command: the program and its arguments.
+        service_session_id: None: one is made up from host, pid and chance.
+        project_path: the directory that the session is said to work in; None: the current one.
+        on_created: told the session's id before the command starts.
+        on_data: given every piece of output, with its file descriptor (1 or 2), instead of this
+            process's own stdout and stderr.
+
+    Returns:
+        The command's exit code; 128 + n if signal n ended it; 127 if there is no such command.
+    """
+    host = socket.gethostname()
+    session = store.create_session(
+        type,
+        service_session_id or f"run-{host}-{os.getpid()}-{uuid4().hex[:8]}",
+        project_path or os.getcwd(),
+        task_id,
+        mcp_session_id,
+        status="starting",
+        metadata={**(metadata or {}), "command": _shortened(shlex.join(command)), "host": host},
+        unique=unique,
+    )
+    if on_created is not None:
+        on_created(session.id)
+    recorder = _Recorder(store, session.id)
+    with _forwarded_signals() as signals:
+        try:
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={**os.environ, "SESSIONSTORE_SESSION_ID": session.id},
+            )
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            message = f"{command[0]}: {reason}"
+            code = NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
+            recorder.call(store.add_error, session.id, message)
+            (on_data or _pass_through)(STDERR, f"sessionstore: {message}\n".encode())
+            recorder.finish(code)
+            return code
+        with process:
+            signals.forward_to(process)
+            recorder.call(store.update_metadata, session.id, {"pid": str(process.pid)})
+            recorder.call(store.update_status, session.id, "busy")
+            pumps = [
+                _Pump(process.stdout, STDOUT, recorder, store.add_output, on_data),
+                _Pump(process.stderr, STDERR, recorder, store.add_error, on_data),
+            ]
+            code = process.wait()
+            for pump in pumps:
+                pump.wait()
+        recorder.finish(code)
+        return 128 - code if code < 0 else code
+
+
+class _Recorder:
+    """Writes to the session, through outages of the store."""
+
+    def __init__(self, store: SessionStore, session_id: str) -> None:
+        self._store = store
+        self.session_id = session_id
+        self._given_up = False
+
+    def add(self, append: Callable[..., int], entries: Sequence[str]) -> None:
+        """Store entries; ``append`` is ``add_output`` or ``add_error``."""
+        for first in range(0, len(entries), MAX_CHUNKS):
+            self.call(append, self.session_id, *entries[first : first + MAX_CHUNKS])
+
+    def call(self, operation: Callable[..., Any], *arguments: Any) -> None:
+        """Carry out one write, patiently; not at all once the store was given up."""
+        give_up_at = time.monotonic() + PATIENCE
+        unknown: OutcomeUnknownError | None = None
+        told = False
+        while not self._given_up:
+            try:
+                if unknown is None:
+                    operation(*arguments)
+                else:
+                    self._store.repeat(unknown)
+                return
+            except SessionNotFoundError:
+                self._give_up(f"session {self.session_id} was deleted")
+            except PASSING as error:
+                if isinstance(error, OutcomeUnknownError):
+                    unknown = error
+                if time.monotonic() > give_up_at:
+                    self._give_up(f"the store was out of reach for {PATIENCE:.0f} s")
+                elif not told:
+                    told = True
+                    _say("the store is out of reach, output waits for it")
+                time.sleep(0.2)
+            except Exception as error:
+                self._give_up(f"the store refuses ({error})")
+
+    def _give_up(self, reason: str) -> None:
+        self._given_up = True
+        _say(f"{reason}: the command goes on, unrecorded")
+
+    def finish(self, code: int) -> None:
+        """Say how the command ended."""
+        ended_by = {"signal": signal.Signals(-code).name} if code < 0 else {}
+        exit_code = {"exit_code": str(128 - code if code < 0 else code)}
+        self.call(self._store.update_metadata, self.session_id, exit_code | ended_by)
+        status = "terminated" if code == 0 else "error"
+        self.call(self._store.update_status, self.session_id, status)
+
+
+class _Pump:
+    """A thread that carries one stream of the command to the terminal and into the session."""
+
+    def __init__(
+        self,
+        source: Any,
+        descriptor: int,
+        recorder: _Recorder,
+        append: Callable[..., int],
+        on_data: Callable[[int, bytes], None] | None,
+    ) -> None:
+        self._source = source
+        self._descriptor = descriptor
+        self._recorder = recorder
+        self._append = append
+        self._pass_on = on_data or _pass_through
+        self._last_data = time.monotonic()
+        self._busy = False
+        self._abandoned = False
+        self._thread = threading.Thread(target=self._carry, daemon=True)
+        self._thread.start()
+
+    def _carry(self) -> None:
+        splitter = LineSplitter()
+        while (data := os.read(self._source.fileno(), READ_SIZE)) and not self._abandoned:
+            self._busy = True
+            reader_left = False
+            try:
+                self._pass_on(self._descriptor, data)
+            except OSError:
+                reader_left = True
+            self._recorder.add(self._append, splitter.feed(data))
+            if reader_left:
+                break  # and close the pipe: the command learns of it as in any pipeline
+            self._last_data = time.monotonic()
+            self._busy = False
+        self._busy = True
+        if not self._abandoned:
+            self._recorder.add(self._append, splitter.close())
+            self._source.close()
+
+    def wait(self) -> None:
+        """Wait for the end of the stream, once the command has ended.
+
+        A process that the command left in the background may hold the pipe open for ever.
+        """
+        while self._thread.is_alive():
+            self._thread.join(0.05)
+            if not self._busy and time.monotonic() - self._last_data > LINGER:
+                self._abandoned = True
+                _say("a background process of the command keeps its output open; not waiting")
+                return
+
+
+@dataclass(slots=True)
+class _Signals:
+    """Signals to this process, for the command."""
+
+    process: subprocess.Popen[bytes] | None = None
+    early: list[int] = field(default_factory=list[int])
+
+    def handle(self, number: int, _frame: object) -> None:
+        if number in FROM_TERMINAL and _in_foreground():
+            return  # the terminal has sent it to the command as well
+        if self.process is None:
+            self.early.append(number)
+        else:
+            with suppress(ProcessLookupError):
+                self.process.send_signal(number)
+
+    def forward_to(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+        while self.early:
+            self.handle(self.early.pop(0), None)
+
+
+@contextmanager
+def _forwarded_signals() -> Iterator[_Signals]:
+    signals = _Signals()
+    before = {number: signal.signal(number, signals.handle) for number in FORWARDED}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _in_foreground() -> bool:
+    """Whether Ctrl-C of this process's terminal reaches this process, and so the command too."""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(terminal)
+
+
+def _pass_through(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _say(message: str) -> None:
+    with suppress(OSError):
+        print(f"sessionstore: {message}", file=sys.stderr, flush=True)
+
+
+def _shortened(value: str) -> str:
+    """As much of a text as a metadata value may hold; a surrogate from the OS becomes '?'."""
+    data = value.encode(errors="replace")
+    if len(data) <= MAX_METADATA_BYTES:
+        return data.decode()
+    return data[: MAX_METADATA_BYTES - 3].decode(errors="ignore") + "…"
