@@ -166,6 +166,7 @@ class PrivateServer:
             ["/bin/sh", "-c", _GUARD, "sh", str(self.directory), str(self.log), *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # a kept server must not keep the starter's pipes open
             text=True,
             start_new_session=True,  # Ctrl-C in the terminal is for the starter
         )

@@ -40,9 +40,9 @@ class Attempts:
     what: str
     deadline: float | None
     is_write: bool
+    may_have_run: bool = False  # True from the start for the repeat of a write
     _began: float = field(default_factory=time.monotonic)
     _failed: int = 0
-    _may_have_run: bool = False
 
     def pause_after(self, error: Exception) -> float:
         """Seconds to wait before the next attempt.
@@ -51,8 +51,10 @@ class Attempts:
             OutcomeUnknownError: no more attempts, and this write may or may not have happened.
             redis.RedisError: no more attempts; the error itself.
         """
-        # A client that was handed in may have tried more often than it tells.
-        self._may_have_run |= self.deadline is None or not surely_not_run(error)
+        # A client that was handed in may have tried more often than it tells. Any other answer
+        # than a transient failure is the server's: this attempt changed nothing.
+        if is_transient(error):
+            self.may_have_run |= self.deadline is None or not surely_not_run(error)
         self._failed += 1
         pause = random.uniform(0, min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**self._failed))
         time_left = (self.deadline or 0) * ATTEMPTS_SHARE - (time.monotonic() - self._began)
@@ -62,7 +64,7 @@ class Attempts:
                 self.what, self._failed, type(error).__name__, pause,
             )  # fmt: skip
             return pause
-        if self.is_write and self._may_have_run and is_transient(error):
+        if self.is_write and self.may_have_run:
             raise OutcomeUnknownError(
                 f"{self.what}: no answer after {self._failed} attempts; it may or may not have "
                 f"been carried out, store.repeat(error) sends it again safely ({error})"

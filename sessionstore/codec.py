@@ -26,9 +26,13 @@ def text(value: Any) -> str:
     return value if isinstance(value, str) else bytes(value).decode()
 
 
+def _replaced(value: Any) -> str:
+    return value if isinstance(value, str) else bytes(value).decode(errors="replace")
+
+
 def texts(values: Iterable[Any]) -> tuple[str, ...]:
-    """Strings from the server."""
-    return tuple(map(text, values))
+    """Entries of a buffer. Bytes that are not UTF-8, which only others write, are replaced."""
+    return tuple(map(_replaced, values))
 
 
 def _pairs(reply: Mapping[Any, Any] | Sequence[Any]) -> Iterator[tuple[Any, Any]]:
@@ -88,7 +92,10 @@ def session(
         stored["metadata"], stored["read_at"] = metadata, read_at
         return AgentSession.model_validate(stored)
     except (ValidationError, UnicodeDecodeError) as error:
-        raise _unreadable(stored.get("id"), error) from error
+        session_id = next(
+            (_replaced(v) for name, v in _pairs(fields) if name in ("id", b"id")), None
+        )
+        raise _unreadable(session_id, error) from error
 
 
 def _unreadable(session_id: str | None, error: ValidationError | UnicodeDecodeError) -> Exception:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections import deque
 from dataclasses import dataclass
 from uuid import uuid4
@@ -26,10 +27,16 @@ REPEATABLE_FOR = 540.0
 
 @dataclass(slots=True)
 class Lane:
-    """One lane: its name, and the sequence number of its current or last write."""
+    """One lane: its name, and the sequence number and time of its current or last write."""
 
     name: str
     sequence: int = 0
+    taken_at: float = 0.0  # time.monotonic()
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether the server surely remembers this lane's current write, if it has run."""
+        return time.monotonic() < self.taken_at + REPEATABLE_FOR
 
 
 class Lanes:
@@ -51,6 +58,7 @@ class Lanes:
         except IndexError:
             lane = Lane(f"{self._writer}-{next(self._numbers)}")
         lane.sequence += 1
+        lane.taken_at = time.monotonic()
         return lane
 
     def give_back(self, lane: Lane) -> None:

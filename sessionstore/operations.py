@@ -234,12 +234,12 @@ class SessionOperations:
         Raises:
             SessionNotFoundError: there is no such session.
         """
-        return self._append("add_output", session_id, self.keys.output(session_id), chunks)
+        return self._append("add_output", session_id, self.keys.output, chunks)
 
     @operation
     def add_error(self, session_id: str, *chunks: str | bytes) -> Call[int]:
         """Append to a session's error buffer; otherwise as ``add_output``."""
-        return self._append("add_error", session_id, self.keys.errors(session_id), chunks)
+        return self._append("add_error", session_id, self.keys.errors, chunks)
 
     @operation
     def delete_session(self, session_id: str) -> Call[bool]:
@@ -411,12 +411,17 @@ class SessionOperations:
         return whole_session(keys, session_id, tail, decode)
 
     def _append(
-        self, script: str, session_id: str, buffer: str, chunks: tuple[str | bytes, ...]
+        self,
+        script: str,
+        session_id: str,
+        key: Callable[[str], str],
+        chunks: tuple[str | bytes, ...],
     ) -> Call[int]:
         keys, settings = self.keys, self.settings
+        check.text("session_id", session_id)
         return Call(
             script,
-            keys=(keys.session(check.text("session_id", session_id)), buffer, keys.activity),
+            keys=(keys.session(session_id), key(session_id), keys.activity),
             args=(
                 session_id,
                 settings.buffer_limit,

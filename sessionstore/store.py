@@ -18,7 +18,7 @@ import redis
 import redis.asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 from redis.retry import Retry
 
 from sessionstore import opening
@@ -26,13 +26,12 @@ from sessionstore._call import Call, Request, Snapshot
 from sessionstore._operation import AsyncExecutor, SyncExecutor
 from sessionstore.attempts import CONNECT_SHARE, POOL_WAIT_SHARE, READ_SHARE, Attempts
 from sessionstore.errors import (
-    TRANSIENT,
     InvalidArgumentError,
     OutcomeUnknownError,
     SessionStoreError,
 )
 from sessionstore.keys import Keys
-from sessionstore.lanes import REPEATABLE_FOR, Lane, Lanes
+from sessionstore.lanes import Lane, Lanes
 from sessionstore.operations import SessionOperations
 from sessionstore.scripts import Script, load
 from sessionstore.settings import SettingsArguments, StoreSettings
@@ -48,7 +47,6 @@ class Pending:
     store: _Store
     request: Request[Any]
     lane: Lane
-    until: float  # of time.monotonic(): the lane remembers the write for longer than that
 
 
 class _Store(SessionOperations):
@@ -70,10 +68,10 @@ class _Store(SessionOperations):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of namespace {self.settings.namespace!r}>"
 
-    def _attempts(self, request: Request[Any]) -> Attempts:
+    def _attempts(self, request: Request[Any], *, is_repeat: bool) -> Attempts:
         what = "get_session" if isinstance(request, Snapshot) else request.script
         deadline = self.settings.deadline if self._own_client else None
-        return Attempts(what, deadline, is_write=_is_write(request))
+        return Attempts(what, deadline, is_write=_is_write(request), may_have_run=is_repeat)
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
@@ -82,8 +80,7 @@ class _Store(SessionOperations):
     def _settle(self, error: BaseException, request: Request[Any], lane: Lane) -> None:
         """Keep the lane of a write whose outcome is unknown; let others have it otherwise."""
         if isinstance(error, OutcomeUnknownError):
-            until = time.monotonic() + REPEATABLE_FOR - self.settings.deadline
-            error.pending = Pending(self, request, lane, until)
+            error.pending = Pending(self, request, lane)
         else:
             self._lanes.give_back(lane)
 
@@ -91,7 +88,7 @@ class _Store(SessionOperations):
         pending = error.pending
         if not isinstance(pending, Pending) or pending.store is not self:
             raise InvalidArgumentError.of("error", "is not of this store, or was repeated already")
-        if time.monotonic() > pending.until:
+        if not pending.lane.is_repeatable:
             raise InvalidArgumentError.of(
                 "error", "is over nine minutes old: sending its write again is not safe any more"
             )
@@ -158,8 +155,10 @@ class SessionStore(_Store, SyncExecutor):
             result = self._carry_out(following, lane)
         return result
 
-    def _carry_out(self, request: Request[T], lane: Lane | None) -> T | Request[T]:
-        attempts = self._attempts(request)
+    def _carry_out(
+        self, request: Request[T], lane: Lane | None, *, is_repeat: bool = False
+    ) -> T | Request[T]:
+        attempts = self._attempts(request, is_repeat=is_repeat)
         try:
             while True:
                 try:
@@ -167,7 +166,7 @@ class SessionStore(_Store, SyncExecutor):
                         self._open()
                     reply = self._send(request, lane)
                     break
-                except TRANSIENT as error:
+                except RedisError as error:
                     time.sleep(attempts.pause_after(error))
         except BaseException as error:
             if lane is not None:
@@ -208,7 +207,7 @@ class SessionStore(_Store, SyncExecutor):
             OutcomeUnknownError: still no answer; this new error can be repeated.
         """
         pending = self._take_pending(error)
-        return self._carry_out(pending.request, pending.lane)
+        return self._carry_out(pending.request, pending.lane, is_repeat=True)
 
     def close(self) -> None:
         """Close the connections that the store has opened."""
@@ -263,8 +262,10 @@ class AsyncSessionStore(_Store, AsyncExecutor):
             result = await self._carry_out(following, lane)
         return result
 
-    async def _carry_out(self, request: Request[T], lane: Lane | None) -> T | Request[T]:
-        attempts = self._attempts(request)
+    async def _carry_out(
+        self, request: Request[T], lane: Lane | None, *, is_repeat: bool = False
+    ) -> T | Request[T]:
+        attempts = self._attempts(request, is_repeat=is_repeat)
         try:
             while True:
                 try:
@@ -272,7 +273,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
                         await self._open()
                     reply = await self._send(request, lane)
                     break
-                except TRANSIENT as error:
+                except RedisError as error:
                     await asyncio.sleep(attempts.pause_after(error))
         except BaseException as error:
             if lane is not None:
@@ -305,7 +306,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
     async def repeat(self, error: OutcomeUnknownError) -> Any:
         """Send a write of unknown outcome again; see ``SessionStore.repeat``."""
         pending = self._take_pending(error)
-        return await self._carry_out(pending.request, pending.lane)
+        return await self._carry_out(pending.request, pending.lane, is_repeat=True)
 
     async def close(self) -> None:
         """Close the connections that the store has opened."""

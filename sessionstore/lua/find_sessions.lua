@@ -76,11 +76,15 @@ local function score_of(id)
   return last_active(id)
 end
 
+-- Never true of a session and itself: table.sort needs that, and so does going on after `seen`.
 local function before(a, b)
-  if a.score ~= b.score then
-    return (a.score < b.score) == by_creation
+  if not by_creation then
+    a, b = b, a
   end
-  return (a.id < b.id) == by_creation
+  if a.score ~= b.score then
+    return a.score < b.score
+  end
+  return a.id < b.id
 end
 
 -- Candidates in order, after the last session seen; and whether more may follow them.
@@ -114,6 +118,9 @@ end
 -- The heads of two sorted sets: good down to where the first of them was cut off.
 local function from_activity_order()
   local from = seen and integer(seen.score) or '+inf'
+  if seen and seen.id == '' then
+    from = '(' .. from   -- see `good_until` below: this microsecond is done with
+  end
   local candidates, more, good_until = {}, false, -math.huge
   for _, set in ipairs({activity, ended}) do
     local head = pairs_of(redis.call('ZREVRANGEBYSCORE', set, from, '-inf', 'WITHSCORES',

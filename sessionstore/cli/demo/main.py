@@ -74,7 +74,8 @@ def run_demo(
     with ExitStack() as stack:
         own = stack.enter_context(PrivateServer(find_program(server))) if url is None else None
         # In the server's directory, which goes even if the demo is killed.
-        directory = Path(stack.enter_context(TemporaryDirectory(dir=own.directory if own else None)))
+        work = TemporaryDirectory(dir=own.directory if own else None)
+        directory = Path(stack.enter_context(work))
         jobs = built_in_jobs(directory) if commands is None else jobs_from(commands)
         namespace = "agents" if own else f"demo-{uuid4().hex[:8]}"
         server_url = own.url if own else str(url)

@@ -223,7 +223,8 @@ class OnTerminal(Printed):
         return Group(table, Text(), self._counts(store.get_metrics(), progress))
 
     def _row(self, session: AgentSession) -> tuple[str | Text, ...]:
-        last = (session.output_buffer or session.error_buffer or ("",))[-1]
+        telling = session.error_buffer if session.status == "error" else session.output_buffer
+        last = (telling or session.output_buffer or session.error_buffer or ("",))[-1]
         code = session.metadata.get("exit_code", "0")
         status = session.status if code == "0" else f"{session.status} {code}"
         return (

@@ -1,0 +1,7 @@
+"""``python -m sessionstore.cli``."""
+
+import sys
+
+from sessionstore.cli import main
+
+sys.exit(main())
