@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -246,7 +246,7 @@ class _Signals:
 
 
 @contextmanager
-def _forwarded_signals() -> Iterator[_Signals]:
+def _forwarded_signals() -> Generator[_Signals]:
     signals = _Signals()
     before = {number: signal.signal(number, signals.handle) for number in FORWARDED}
     try:

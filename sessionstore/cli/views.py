@@ -145,7 +145,7 @@ def _columns_that_fit(widths: dict[str, int], width: int) -> tuple[set[str], int
     The important ones come first; those that only name things come as long as the last output
     still fits beside them.
     """
-    reserved = dict.fromkeys(_BELOW, _GAP + _NARROWEST_LAST_LINE)
+    reserved: dict[str, int] = dict.fromkeys(_BELOW, _GAP + _NARROWEST_LAST_LINE)
     reserved["type"] = _GAP + _WIDE_LAST_LINE
     shown: set[str] = set()
     left = width

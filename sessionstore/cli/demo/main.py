@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +16,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
-from redis import Redis
-
 from sessionstore import SessionStore
 from sessionstore._server import PrivateServer, find_program
 from sessionstore.cli.demo import show
 from sessionstore.cli.demo.jobs import built_in_jobs, jobs_from
-from sessionstore.cli.demo.verify import Findings, verify
+from sessionstore.cli.demo.verify import Findings, plain_client, verify
 from sessionstore.cli.demo.worker import Job
 
 REFRESH_SECONDS = 0.15
@@ -95,7 +93,7 @@ def _run(
     directory: Path,
     jobs: Sequence[Job],
     workers: int,
-    say: show.Shown,
+    say: show.Quiet,
     json_output: bool,
 ) -> int:
     progress = Progress(jobs)
@@ -145,7 +143,7 @@ def _workers(
     directory: Path,
     progress: Progress,
     reported: Callable[[Job, int, Mapping[str, Any]], None],
-) -> Iterator[list[threading.Thread]]:
+) -> Generator[list[threading.Thread]]:
     """The worker processes, and for each a thread that hands it jobs and takes its reports."""
     waiting = list(reversed(progress.jobs))
     processes: list[subprocess.Popen[str]] = []
@@ -201,7 +199,6 @@ def _workers(
 
 
 def _remove(url: str, namespace: str) -> None:
-    client: Any = Redis.from_url(url)
-    with client:
+    with plain_client(url) as client:
         for key in client.scan_iter(f"{{{namespace}}}:*", count=1000):
             client.unlink(key)

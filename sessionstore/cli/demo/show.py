@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from rich.console import Console, Group
@@ -17,7 +17,7 @@ from rich.text import Text
 
 from sessionstore import AgentSession, SessionMetrics, SessionStore
 from sessionstore._server import PrivateServer
-from sessionstore.cli.demo.verify import Findings
+from sessionstore.cli.demo.verify import Findings, plain_client
 from sessionstore.cli.demo.worker import Job
 from sessionstore.cli.terminal import one_line
 
@@ -34,8 +34,8 @@ STYLES = {
 LIVE_ROWS = 16
 
 
-class Shown(Protocol):
-    """What the demo has to say, in the order in which it says it."""
+class Quiet:
+    """What the demo has to say, in the order in which it says it; here it says nothing."""
 
     def began(
         self,
@@ -44,40 +44,32 @@ class Shown(Protocol):
         namespace: str,
         jobs: Sequence[Job],
         workers: int,
-    ) -> None: ...
-    def reported(self, job: Job, worker: int, report: Mapping[str, Any]) -> None: ...
-    def live(self, store: SessionStore, progress: Progress) -> Any: ...
-    def verdict(self, progress: Progress, findings: Findings, seconds: float) -> None: ...
-    def redis_cli(self, url: str, namespace: str, session_id: str) -> None: ...
-    def farewell(
-        self, own: PrivateServer | None, url: str, namespace: str, *, keep: bool
-    ) -> None: ...
+    ) -> None:
+        """Tell where and what."""
 
-
-class Quiet:
-    """Says nothing."""
-
-    def began(self, *_: Any) -> None:
-        pass
-
-    def reported(self, *_: Any) -> None:
-        pass
+    def reported(self, job: Job, worker: int, report: Mapping[str, Any]) -> None:
+        """Tell what a worker has reported."""
 
     @contextmanager
-    def live(self, *_: Any) -> Iterator[Callable[[], None]]:
+    def live(
+        self,
+        store: SessionStore,  # noqa: ARG002
+        progress: Progress,  # noqa: ARG002
+    ) -> Generator[Callable[[], None]]:
+        """Show the sessions while the workers run; gives the function that brings it up to date."""
         yield lambda: None
 
-    def verdict(self, *_: Any) -> None:
-        pass
+    def verdict(self, progress: Progress, findings: Findings, seconds: float) -> None:
+        """Tell whether all was right."""
 
-    def redis_cli(self, *_: Any) -> None:
-        pass
+    def redis_cli(self, url: str, namespace: str, session_id: str) -> None:
+        """Show a few commands to type, with the replies that they get."""
 
-    def farewell(self, *_: Any, **__: Any) -> None:
-        pass
+    def farewell(self, own: PrivateServer | None, url: str, namespace: str, *, keep: bool) -> None:
+        """Tell how to go on."""
 
 
-def on_this_terminal() -> Shown:
+def on_this_terminal() -> Quiet:
     """A live table if stdout is a terminal, plain lines if it is not."""
     console = Console(highlight=False)
     return OnTerminal(console) if console.is_terminal else Printed(console)
@@ -137,10 +129,6 @@ class Printed(Quiet):
             self._line("  ✓ every index set holds exactly the sessions it should", "green")
 
     def redis_cli(self, url: str, namespace: str, session_id: str) -> None:
-        """A few commands to type, with the replies that they get."""
-        from redis import Redis
-
-        client: Any = Redis.from_url(url, decode_responses=True, protocol=2)
         prefix = f"{{{namespace}}}:"
         commands: list[tuple[str, ...]] = [
             ("SCARD", f"{prefix}sessions:status:terminated"),
@@ -151,7 +139,7 @@ class Printed(Quiet):
         ]
         self._line()
         self._line("The same sessions with plain redis-cli:", "bold")
-        with client:
+        with plain_client(url) as client:
             raw = client.connection_pool.get_connection()
             try:
                 for command in commands:
@@ -200,7 +188,7 @@ class OnTerminal(Printed):
         pass  # the table shows it
 
     @contextmanager
-    def live(self, store: SessionStore, progress: Progress) -> Iterator[Callable[[], None]]:
+    def live(self, store: SessionStore, progress: Progress) -> Generator[Callable[[], None]]:
         with Live(console=self.console, auto_refresh=False, transient=False) as live:
             yield lambda: live.update(self._table(store, progress), refresh=True)
 

@@ -33,11 +33,16 @@ class Findings:
             self.problems.append(f"{what}: found {found!r:.200}, wanted {wanted!r:.200}")
 
 
+def plain_client(url: str) -> Any:
+    """A redis-py client that has nothing of the store; untyped, as redis-py's replies are."""
+    redis: Any = Redis
+    return redis.from_url(url, decode_responses=True, protocol=2)
+
+
 def verify(url: str, namespace: str, directory: Path, codes: dict[str, int]) -> Findings:
     """Compare everything; ``codes`` has the exit code of each session's command."""
     findings = Findings()
-    client: Any = Redis.from_url(url, decode_responses=True)
-    with client:
+    with plain_client(url) as client:
         prefix = f"{{{namespace}}}:"
         hashes = {id: client.hgetall(f"{prefix}session:{id}") for id in codes}
         for session_id, code in codes.items():
