@@ -21,6 +21,7 @@ raises, it never looks empty.
 from __future__ import annotations
 
 import json
+import re
 import socket
 from typing import Any, ClassVar
 
@@ -173,6 +174,8 @@ TRANSIENT: tuple[type[Exception], ...] = (
 )
 _NEVER_TRANSIENT = (AuthenticationError, AuthorizationError)
 _NEVER_SENT = (ConnectionRefusedError, FileNotFoundError, socket.gaierror)
+# redis-py's words; what refused the connection is not always among the error's causes.
+_NOT_CONNECTED = re.compile(r"(Error (\S+ )?|Timeout )connecting to |No connection available")
 _NEVER_RUN = (BusyLoadingError, ReadOnlyError, TryAgainError, ClusterDownError, MaxConnectionsError)
 
 
@@ -183,7 +186,7 @@ def is_transient(error: BaseException) -> bool:
 
 def surely_not_run(error: BaseException) -> bool:
     """Whether the server certainly did not carry out the command that failed like this."""
-    if isinstance(error, (*_NEVER_RUN, *_NEVER_TRANSIENT)):
+    if isinstance(error, (*_NEVER_RUN, *_NEVER_TRANSIENT)) or _NOT_CONNECTED.match(str(error)):
         return True
     cause: BaseException | None = error
     while cause is not None:

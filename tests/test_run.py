@@ -206,7 +206,8 @@ def test_a_reader_that_leaves_ends_the_command_as_in_any_pipeline(runner: Runner
     assert process.stdout is not None
     assert process.stdout.readline() == b"y\n"
     process.stdout.close()
-    assert process.wait(timeout=30) == 128 + signal.SIGPIPE
+    with process:
+        assert process.wait(timeout=30) == 128 + signal.SIGPIPE
     assert runner.session(tail=0).metadata["signal"] == "SIGPIPE"
 
 
@@ -233,10 +234,11 @@ def test_a_store_out_of_reach_is_told_before_the_command_runs(
 ) -> None:
     mark = tmp_path / "mark"
     runner.environment["SESSIONSTORE_URL"] = "redis://:secret@127.0.0.1:1"
-    done = runner.run("touch", str(mark))
-    assert done.returncode == 4
-    assert b"127.0.0.1:1" in done.stderr
-    assert b"secret" not in done.stderr
+    process = runner.start("--timeout", "1", "--", "touch", str(mark))
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 4
+    assert b"127.0.0.1:1" in err
+    assert b"secret" not in err
     assert not mark.exists()
 
 

@@ -1,0 +1,101 @@
+"""What the keys of a namespace must be, recomputed from the sessions' hashes.
+
+Done with plain redis-py and nothing of the library, so that both cannot be wrong in the same way.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import redis
+
+ENDED = {"terminated", "error"}
+ENTRY_OVERHEAD = 16  # bytes
+INDEXED = {
+    "type": "type",
+    "status": "status",
+    "service_session_id": "service",
+    "task_id": "task",
+    "mcp_session_id": "mcp",
+    "owner": "owner",
+}
+
+
+def microseconds(stored: str) -> int:
+    """A stored time as microseconds since 1970."""
+    since = datetime.fromisoformat(stored) - datetime(1970, 1, 1, tzinfo=UTC)
+    return since // timedelta(microseconds=1)
+
+
+def sessions_of(world: Any) -> dict[str, dict[str, str]]:
+    """Every session's hash by id."""
+    found = {}
+    for key in world.keys():  # noqa: SIM118  a method of the fixture, not of a dict
+        parts = key.split(":")
+        if parts[0] == "session" and len(parts) == 2:
+            found[parts[1]] = world.redis.hgetall(world.prefix + key)
+    return found
+
+
+def assert_consistent(world: Any) -> None:
+    """Index sets, sorted sets, byte counts and keys are exactly those the hashes call for."""
+    client: redis.Redis = world.redis
+    prefix, keys, sessions = world.prefix, world.keys(), sessions_of(world)
+
+    expected_sets: dict[str, set[str]] = defaultdict(set)
+    for session_id, fields in sessions.items():
+        assert fields["id"] == session_id
+        for field, index in INDEXED.items():
+            if field in fields:
+                expected_sets[f"sessions:{index}:{fields[field]}"].add(session_id)
+    found_sets = {key: client.smembers(prefix + key) for key in keys if key.startswith("sessions:")}
+    assert found_sets == expected_sets
+    types = {fields["type"] for fields in sessions.values()}
+    assert client.smembers(f"{prefix}types") == types
+
+    live = {i: f for i, f in sessions.items() if f["status"] not in ENDED}
+    assert dict(client.zrange(f"{prefix}sessions", 0, -1, withscores=True)) == {
+        session_id: microseconds(fields["created_at"]) for session_id, fields in sessions.items()
+    }
+    assert dict(client.zrange(f"{prefix}activity", 0, -1, withscores=True)) == {
+        session_id: microseconds(fields["last_activity"]) for session_id, fields in live.items()
+    }
+    assert set(client.zrange(f"{prefix}ended", 0, -1)) == set(sessions) - set(live)
+
+    buffers = set()
+    for session_id, fields in sessions.items():
+        for name, field in (("output", "output"), ("errors", "error")):
+            key = f"session:{session_id}:{name}"
+            entries = client.lrange(prefix + key, 0, -1)
+            held = sum(len(entry.encode()) + ENTRY_OVERHEAD for entry in entries)
+            assert int(fields.get(f"{field}_bytes", 0)) == held
+            assert int(fields.get(f"{field}_total", 0)) >= len(entries)
+            if entries:
+                buffers.add(key)
+
+    allowed = {"meta", "events", "types", "sessions", "activity", "ended", "leases"}
+    allowed |= buffers | set(expected_sets) | {f"session:{session_id}" for session_id in sessions}
+    assert {key for key in keys if not key.startswith("lane:")} <= allowed
+    for key in keys:
+        expires = client.ttl(prefix + key) > 0
+        assert expires == key.startswith("lane:"), f"{key}: expires is {expires}"
+
+
+def expected_metrics(world: Any) -> dict[str, Any]:
+    """What ``get_metrics`` must answer, counted one by one."""
+    sessions = sessions_of(world).values()
+    by_status = dict.fromkeys(("starting", "active", "busy", "error", "terminated"), 0)
+    by_type: dict[str, int] = defaultdict(int)
+    for fields in sessions:
+        by_status[fields["status"]] += 1
+        by_type[fields["type"]] += 1
+    return {
+        "total_sessions": len(sessions),
+        "active_sessions": by_status["active"],
+        "busy_sessions": by_status["busy"],
+        "error_sessions": by_status["error"],
+        "sessions_by_type": dict(by_type),
+        "sessions_by_status": by_status,
+    }

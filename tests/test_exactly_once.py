@@ -1,0 +1,663 @@
+"""A write happens exactly once, and its caller gets the answer of that one run.
+
+Each test breaks the network at a planned moment with ``faults.py``, on every real server, through
+the blocking store and the asyncio store. The controls run the same faults against scripts without
+the guard of ``include/once.lua``, and against bare RPUSH, and must see the damage.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from hashlib import sha1
+from itertools import repeat
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import redis
+import redis.asyncio
+from faults import AFTER_THE_COMMAND, Fault, FaultProxy, FaultyWorld, seeded, shuffled
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
+
+import sessionstore.lanes
+import sessionstore.store
+from sessionstore import (
+    AgentSession,
+    InvalidArgumentError,
+    MetadataLimitError,
+    OutcomeUnknownError,
+    ServiceSessionInUseError,
+    SessionNotFoundError,
+    SessionStatusError,
+)
+from sessionstore._server import PrivateServer
+from sessionstore.scripts import Script, load
+
+STYLES = ("sync", "async")
+
+
+@pytest.fixture(params=STYLES)
+def style(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def world(style: str, server: PrivateServer) -> Iterator[FaultyWorld]:
+    opened = FaultyWorld(style, server, delay=0.3)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+# ---- One lost reply, every mutator, every answer ------------------------------------------
+
+
+def hide(world: FaultyWorld, session_id: str) -> None:
+    """Make the session's hash disappear."""
+    world.redis.rename(f"{world.prefix}session:{session_id}", f"{world.prefix}aside")
+
+
+def put_back(world: FaultyWorld, session_id: str) -> None:
+    """Make a hidden hash appear again."""
+    world.redis.rename(f"{world.prefix}aside", f"{world.prefix}session:{session_id}")
+
+
+def copy_aside(world: FaultyWorld, session_id: str) -> None:
+    world.redis.copy(f"{world.prefix}session:{session_id}", f"{world.prefix}aside")
+
+
+def fill_metadata(world: FaultyWorld, session_id: str) -> None:
+    world.direct.update_metadata(session_id, {f"name{i}": "x" for i in range(64)})
+
+
+def delete_created(world: FaultyWorld, _: str) -> None:
+    created = world.direct.find_session_by_service_id("new")
+    if created is not None:
+        world.direct.delete_session(created.id)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One write with one outcome.
+
+    ``meddle`` changes the world after the first run so that a second run would do something: the
+    write must still be answered as the first run was, and must do nothing more.
+    """
+
+    name: str
+    act: Callable[[Any, str], Any]
+    expected: Any  # the answer, or the class of answer or error
+    meddle: Callable[[FaultyWorld, str], Any]
+    prepare: Callable[[FaultyWorld, str], Any] = lambda *_: None
+
+
+MISSING = {"expected": SessionNotFoundError, "prepare": hide, "meddle": put_back}
+
+CASES = (
+    Case(
+        "create_session",
+        lambda store, _: store.create_session("claude", "new", "/src", "task", metadata={"a": "b"}),
+        AgentSession,
+        delete_created,
+    ),
+    Case(
+        "create_session-in-use",
+        lambda store, _: store.create_session("claude", "service", "/src", unique=True),
+        ServiceSessionInUseError,
+        lambda world, session_id: world.direct.delete_session(session_id),
+    ),
+    Case(
+        "update_status",
+        lambda store, session_id: store.update_status(session_id, "busy", expected="active"),
+        None,
+        lambda world, session_id: world.direct.update_status(session_id, "active"),
+    ),
+    Case(
+        "update_status-unexpected",
+        lambda store, session_id: store.update_status(session_id, "busy", expected="starting"),
+        SessionStatusError,
+        lambda world, session_id: world.direct.update_status(session_id, "starting"),
+    ),
+    Case(
+        "update_status-missing",
+        lambda store, session_id: store.update_status(session_id, "busy"),
+        **MISSING,
+    ),
+    Case(
+        "update_activity",
+        lambda store, session_id: store.update_activity(session_id),
+        None,
+        lambda *_: None,  # a second run would set a later time
+    ),
+    Case(
+        "update_activity-missing",
+        lambda store, session_id: store.update_activity(session_id),
+        **MISSING,
+    ),
+    Case(
+        "add_output",
+        lambda store, session_id: store.add_output(session_id, "first", "second"),
+        2,
+        lambda world, session_id: world.direct.add_output(session_id, "somebody else's"),
+    ),
+    Case(
+        "add_output-missing",
+        lambda store, session_id: store.add_output(session_id, "line"),
+        **MISSING,
+    ),
+    Case(
+        "add_error",
+        lambda store, session_id: store.add_error(session_id, "line"),
+        1,
+        lambda world, session_id: world.direct.add_error(session_id, "somebody else's"),
+    ),
+    Case(
+        "add_error-missing",
+        lambda store, session_id: store.add_error(session_id, "line"),
+        **MISSING,
+    ),
+    Case(
+        "update_metadata",
+        lambda store, session_id: store.update_metadata(session_id, {"branch": "ours"}),
+        None,
+        lambda world, session_id: world.direct.update_metadata(session_id, {"branch": "theirs"}),
+    ),
+    Case(
+        "update_metadata-limit",
+        lambda store, session_id: store.update_metadata(session_id, {"one-more": "x"}),
+        MetadataLimitError,
+        lambda world, session_id: world.direct.update_metadata(session_id, {"name1": None}),
+        fill_metadata,
+    ),
+    Case(
+        "update_metadata-missing",
+        lambda store, session_id: store.update_metadata(session_id, {"a": "b"}),
+        **MISSING,
+    ),
+    Case(
+        "delete_session",
+        lambda store, session_id: store.delete_session(session_id),
+        True,
+        put_back,
+        copy_aside,
+    ),
+    Case(
+        "delete_session-missing",
+        lambda store, session_id: store.delete_session(session_id),
+        False,
+        put_back,
+        hide,
+    ),
+)
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def outcome_of(call: Callable[[], Any]) -> Any:
+    """What a call returns or raises."""
+    try:
+        return call()
+    except Exception as error:
+        return error
+
+
+def is_as_expected(outcome: Any, expected: Any) -> bool:
+    if isinstance(expected, type):
+        return type(outcome) is expected
+    return type(outcome) is type(expected) and outcome == expected
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a write with a lost reply did: its outcome, and what was stored at which moment."""
+
+    outcome: Any
+    before: dict[bytes, bytes]
+    after_first_run: dict[bytes, bytes]
+    meddled: dict[bytes, bytes]
+    after: dict[bytes, bytes]
+
+
+def lose_the_reply(world: FaultyWorld, case: Case, fault: Fault) -> Observed:
+    """Carry out the case's write; its first reply gets lost, and the world moves on meanwhile."""
+    session_id = world.direct.create_session("claude", "service", "/src").id
+    case.prepare(world, session_id)
+    store = world.store()
+    store.ping()
+    seen: list[dict[bytes, bytes]] = [world.contents()]
+
+    def meanwhile() -> None:
+        seen.append(world.contents())
+        case.meddle(world, session_id)
+        seen.append(world.contents())
+
+    world.proxy.on_fault = meanwhile
+    world.proxy.plan([fault])
+    outcome = outcome_of(lambda: case.act(store, session_id))
+    assert world.proxy.injected == {fault: 1}
+    return Observed(outcome, *seen, world.contents())
+
+
+@every_case
+@pytest.mark.parametrize("fault", [Fault.LOSE_REPLY, Fault.CUT_REPLY], ids=lambda one: one.name)
+def test_a_write_whose_reply_is_lost_is_applied_once_and_answered_as_it_ran(
+    world: FaultyWorld, case: Case, fault: Fault
+) -> None:
+    observed = lose_the_reply(world, case, fault)
+
+    assert is_as_expected(observed.outcome, case.expected), repr(observed.outcome)
+    refused = isinstance(observed.outcome, Exception) or observed.outcome is False
+    assert (observed.after_first_run == observed.before) is refused
+    assert observed.after == observed.meddled
+
+
+@every_case
+def test_without_the_guard_a_lost_reply_is_noticed_in_every_case(
+    server: PrivateServer, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessionstore.store, "load", unguarded)
+    world = FaultyWorld("sync", server)
+    try:
+        observed = lose_the_reply(world, case, Fault.LOSE_REPLY)
+    finally:
+        world.close()
+
+    assert observed.after != observed.meddled
+
+
+def unguarded(name: str) -> Script:
+    """A script that does not look at what its lane remembers."""
+    text = load(name).text
+    for guard in ("last_sequence == sequence", "tonumber(last_sequence) > tonumber(sequence)"):
+        text = text.replace(guard, "false")
+    return Script(text, sha1(text.encode()).hexdigest())
+
+
+def test_a_session_created_despite_a_lost_reply_is_returned_as_it_is_stored(
+    world: FaultyWorld,
+) -> None:
+    world.proxy.plan([Fault.LOSE_REPLY])
+
+    created = world.store().create_session("claude", "service", "/src", metadata={"a": "b"})
+
+    stored = world.direct.get_session(created.id)
+    assert created == stored.model_copy(update={"read_at": created.read_at})
+
+
+def test_a_refusal_keeps_its_details_through_a_lost_reply(world: FaultyWorld) -> None:
+    holder = world.direct.create_session("claude", "service", "/src", status="starting")
+    world.proxy.plan([Fault.LOSE_REPLY])
+
+    with pytest.raises(ServiceSessionInUseError) as caught:
+        world.store().create_session("claude", "service", "/src", unique=True)
+
+    assert (caught.value.session_id, caught.value.status) == (holder.id, "starting")
+
+
+# ---- Late duplicates ----------------------------------------------------------------------
+
+
+def deliver_late(world: FaultyWorld, case: Case) -> tuple[list[bytes], list[bool]]:
+    """Hold back the first sending of a write, and deliver it after its retry has run.
+
+    Once when the retry was the lane's last write, and once when the lane has seen a later one.
+
+    Returns:
+        The server's two answers, and for each whether it changed anything.
+    """
+    session_id = world.direct.create_session("claude", "service", "/src").id
+    case.prepare(world, session_id)
+    store = world.store()
+    world.proxy.plan([Fault.LOSE_REQUEST])
+    assert is_as_expected(outcome_of(lambda: case.act(store, session_id)), case.expected)
+    (harmed,) = world.proxy.harmed
+    own_lane = re.findall(rb"lane:[\w-]+", harmed.request)[0].decode()
+    answers, changes = [], []
+
+    def deliver() -> None:
+        before = world.contents()
+        answers.append(world.proxy.deliver(harmed.request))
+        changes.append(world.contents() != before)
+
+    case.meddle(world, session_id)
+    deliver()
+    store.create_session("claude", "the lane's next write", "/src")
+    (last_write,) = [held for key, held in world.lanes().items() if key.endswith(own_lane)]
+    assert last_write.startswith("2 ok ")
+    deliver()
+    return answers, changes
+
+
+@every_case
+def test_a_late_duplicate_changes_nothing(world: FaultyWorld, case: Case) -> None:
+    answers, changes = deliver_late(world, case)
+
+    assert changes == [False, False]
+    assert b"LATE_DUPLICATE" not in answers[0]
+    assert b"LATE_DUPLICATE" in answers[1]
+
+
+@every_case
+def test_without_the_guard_a_late_duplicate_is_noticed_in_every_case(
+    server: PrivateServer, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessionstore.store, "load", unguarded)
+    world = FaultyWorld("sync", server)
+    try:
+        _, changes = deliver_late(world, case)
+    finally:
+        world.close()
+
+    assert changes[0]
+
+
+# ---- Appends at random faults -------------------------------------------------------------
+
+APPENDS = 240
+BREAKS = (Fault.LOSE_REQUEST, Fault.CUT_REQUEST, Fault.LOSE_REPLY, Fault.CUT_REPLY)
+FAULTS_OF_EACH_KIND = 12
+WAITS = (Fault.DELAY_REPLY, Fault.NEVER_REPLY)
+WAITS_OF_EACH_KIND = 3
+
+
+def append_in_bad_weather(world: FaultyWorld, store: Any, faults: tuple[Fault, ...]) -> list[str]:
+    """Append while faults strike and old copies keep arriving; the lines as they are stored."""
+    rng = seeded()
+    session_id = world.direct.create_session("claude", "service", "/src").id
+    world.proxy.plan(shuffled(rng, faults, APPENDS))
+    late = 0
+    for number in range(APPENDS):
+        assert store.add_output(session_id, f"line {number}") == number + 1
+        if world.proxy.harmed and rng.random() < 0.1:
+            world.proxy.deliver(rng.choice(world.proxy.harmed).request)
+            late += 1
+    assert world.proxy.injected == Counter(faults)
+    assert late >= 10
+    return list(world.redis.lrange(f"{world.prefix}session:{session_id}:output", 0, -1))
+
+
+def test_appends_at_random_faults_are_stored_once_and_in_order(world: FaultyWorld) -> None:
+    stored = append_in_bad_weather(world, world.store(), BREAKS * FAULTS_OF_EACH_KIND)
+
+    assert stored == [f"line {number}" for number in range(APPENDS)]
+
+
+def test_a_client_with_hidden_retries_stores_each_append_once(world: FaultyWorld) -> None:
+    """The client's own retries, as many and as patient as the plan needs, also past timeouts."""
+    retry = (Retry if world.style == "sync" else AsyncRetry)(ConstantBackoff(0.001), 50)
+    store = world.store_on_client(socket_timeout=0.15, retry=retry)
+
+    stored = append_in_bad_weather(
+        world, store, BREAKS * FAULTS_OF_EACH_KIND + WAITS * WAITS_OF_EACH_KIND
+    )
+
+    assert stored == [f"line {number}" for number in range(APPENDS)]
+
+
+def test_the_default_client_of_redis_py_stores_an_append_once(world: FaultyWorld) -> None:
+    store = world.store_on_client()
+    session_id = store.create_session("claude", "service", "/src").id
+    world.proxy.plan([Fault.LOSE_REPLY] * 3)
+
+    assert store.add_output(session_id, "line") == 1
+
+    assert world.proxy.injected == {Fault.LOSE_REPLY: 3}
+    assert world.direct.get_session(session_id).output_buffer == ("line",)
+
+
+def test_bare_rpush_with_retries_duplicates_at_each_lost_reply(
+    style: str, server: PrivateServer
+) -> None:
+    world = FaultyWorld(style, server)
+    try:
+        lost = 20
+        world.proxy.matches = lambda command: command[0] == b"RPUSH"
+        world.proxy.plan(shuffled(seeded(), [Fault.LOSE_REPLY] * lost, 100))
+        key = f"{world.prefix}naive"
+        retry = (Retry if style == "sync" else AsyncRetry)(ConstantBackoff(0.001), 50)
+        client = world.store_on_client(retry=retry)._client
+        for number in range(100):
+            pushed = client.rpush(key, number)
+            if world.runner is not None:
+                world.runner.run(pushed)
+        stored = world.redis.lrange(key, 0, -1)
+        assert world.proxy.injected == {Fault.LOSE_REPLY: lost}
+        assert len(stored) == 100 + lost
+    finally:
+        world.close()
+
+
+# ---- When the outcome stays unknown -------------------------------------------------------
+
+
+def unknown_append(world: FaultyWorld, store: Any, session_id: str) -> OutcomeUnknownError:
+    """An append that the server carries out and nobody hears of."""
+    world.proxy.plan(repeat(Fault.LOSE_REPLY))
+    with pytest.raises(OutcomeUnknownError) as caught:
+        store.add_output(session_id, "uncertain")
+    world.proxy.plan(())
+    assert world.proxy.injected[Fault.LOSE_REPLY] >= 2
+    return caught.value
+
+
+@pytest.fixture
+def impatient(world: FaultyWorld, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A store that soon begins no more attempts; each attempt has its usual time."""
+    monkeypatch.setattr("sessionstore.attempts.ATTEMPTS_SHARE", 0.02)
+    return world.store()
+
+
+@pytest.fixture
+def session_id(world: FaultyWorld) -> str:
+    return world.direct.create_session("claude", "service", "/src").id
+
+
+def test_an_unknown_outcome_is_a_redis_error_with_a_code(
+    world: FaultyWorld, impatient: Any, session_id: str
+) -> None:
+    error = unknown_append(world, impatient, session_id)
+
+    assert isinstance(error, redis.RedisError)
+    assert error.code == "OUTCOME_UNKNOWN"
+
+
+def test_repeating_a_write_that_ran_gives_its_answer_and_changes_nothing(
+    world: FaultyWorld, impatient: Any, session_id: str
+) -> None:
+    error = unknown_append(world, impatient, session_id)
+    world.direct.add_output(session_id, "somebody else's")
+
+    assert impatient.repeat(error) == 1
+
+    assert world.direct.get_session(session_id).output_buffer == ("uncertain", "somebody else's")
+
+
+def test_repeating_a_write_that_never_ran_carries_it_out(
+    world: FaultyWorld, impatient: Any, session_id: str
+) -> None:
+    world.proxy.plan(repeat(Fault.CUT_REQUEST))
+    with pytest.raises(OutcomeUnknownError) as caught:
+        impatient.add_output(session_id, "uncertain")
+    world.proxy.plan(())
+    world.direct.add_output(session_id, "somebody else's")
+
+    assert impatient.repeat(caught.value) == 2
+
+    assert world.direct.get_session(session_id).output_buffer == ("somebody else's", "uncertain")
+
+
+def test_repeating_gives_a_refusal_too(world: FaultyWorld, impatient: Any, session_id: str) -> None:
+    world.proxy.plan(repeat(Fault.LOSE_REPLY))
+    with pytest.raises(OutcomeUnknownError) as caught:
+        impatient.update_status(session_id, "busy", expected="starting")
+    world.proxy.plan(())
+    world.direct.update_status(session_id, "starting")
+
+    with pytest.raises(SessionStatusError, match="is active"):
+        impatient.repeat(caught.value)
+
+    assert world.direct.get_session(session_id).status == "starting"
+
+
+def test_other_writes_leave_the_lane_of_an_unknown_outcome_alone(
+    world: FaultyWorld, impatient: Any, session_id: str
+) -> None:
+    error = unknown_append(world, impatient, session_id)
+    (lane,) = [key for key, held in world.lanes().items() if held.endswith(" ok 1")]
+    held = world.redis.get(lane)
+
+    for number in range(5):
+        impatient.add_output(session_id, f"line {number}")
+
+    assert world.redis.get(lane) == held
+    assert impatient.repeat(error) == 1
+
+
+def test_a_write_cannot_be_repeated_twice(
+    world: FaultyWorld, impatient: Any, session_id: str
+) -> None:
+    error = unknown_append(world, impatient, session_id)
+    impatient.repeat(error)
+
+    with pytest.raises(InvalidArgumentError, match="repeated already"):
+        impatient.repeat(error)
+
+
+def test_a_write_cannot_be_repeated_through_another_store(
+    world: FaultyWorld, impatient: Any, session_id: str
+) -> None:
+    error = unknown_append(world, impatient, session_id)
+
+    with pytest.raises(InvalidArgumentError, match="not of this store"):
+        world.store().repeat(error)
+
+    assert impatient.repeat(error) == 1
+
+
+class Clock:
+    """The time of the store's process, as far ahead as a test likes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ahead = 0.0
+        shifted = SimpleNamespace(monotonic=lambda: time.monotonic() + self.ahead)
+        monkeypatch.setattr(sessionstore.lanes, "time", shifted)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_a_write_can_be_repeated_until_nine_minutes_have_passed(
+    world: FaultyWorld, impatient: Any, session_id: str, clock: Clock
+) -> None:
+    error = unknown_append(world, impatient, session_id)
+    clock.ahead = 530
+
+    assert impatient.repeat(error) == 1
+
+
+def test_a_write_cannot_be_repeated_after_nine_minutes(
+    world: FaultyWorld, impatient: Any, session_id: str, clock: Clock
+) -> None:
+    error = unknown_append(world, impatient, session_id)
+    clock.ahead = 541
+
+    with pytest.raises(InvalidArgumentError, match="nine minutes"):
+        impatient.repeat(error)
+
+
+def test_a_repeat_in_vain_does_not_prolong_the_nine_minutes(
+    world: FaultyWorld, impatient: Any, session_id: str, clock: Clock
+) -> None:
+    """The repeat may not have reached the server, and so have prolonged nothing there."""
+    error = unknown_append(world, impatient, session_id)
+    clock.ahead = 500
+    world.proxy.plan(repeat(Fault.CUT_REQUEST))
+    with pytest.raises(OutcomeUnknownError) as caught:
+        impatient.repeat(error)
+    world.proxy.plan(())
+    clock.ahead = 541
+
+    with pytest.raises(InvalidArgumentError, match="nine minutes"):
+        impatient.repeat(caught.value)
+
+
+def test_a_repeat_in_vain_can_be_repeated(
+    world: FaultyWorld, impatient: Any, session_id: str
+) -> None:
+    error = unknown_append(world, impatient, session_id)
+    world.proxy.plan(repeat(Fault.LOSE_REPLY))
+    with pytest.raises(OutcomeUnknownError) as caught:
+        impatient.repeat(error)
+    world.proxy.plan(())
+
+    assert impatient.repeat(caught.value) == 1
+
+    assert world.direct.get_session(session_id).output_buffer == ("uncertain",)
+
+
+def test_a_repeat_that_cannot_connect_leaves_the_outcome_unknown(
+    world: FaultyWorld, impatient: Any, session_id: str
+) -> None:
+    """Only this repeat has surely not run; the write itself may have."""
+    error = unknown_append(world, impatient, session_id)
+    world.proxy.down()
+    with pytest.raises(OutcomeUnknownError) as caught:
+        impatient.repeat(error)
+    world.proxy.up()
+
+    assert impatient.repeat(caught.value) == 1
+
+    assert world.direct.get_session(session_id).output_buffer == ("uncertain",)
+
+
+def test_a_server_that_refuses_the_second_attempt_leaves_the_first_unknown(
+    style: str, own_server: PrivateServer
+) -> None:
+    """Too few replicas fail a repeat that finds its stored answer: the first run stands."""
+    world = FaultyWorld(style, own_server)
+    try:
+        session_id = world.direct.create_session("claude", "service", "/src").id
+        store = world.store()
+        store.update_activity(session_id)
+        world.proxy.on_fault = lambda: world.redis.config_set("min-replicas-to-write", 1)
+        world.proxy.plan([Fault.LOSE_REPLY])
+        with pytest.raises(OutcomeUnknownError) as caught:
+            store.add_output(session_id, "line")
+        world.redis.config_set("min-replicas-to-write", 0)
+
+        assert store.repeat(caught.value) == 1
+        assert world.direct.get_session(session_id).output_buffer == ("line",)
+    finally:
+        world.redis.config_set("min-replicas-to-write", 0)
+        world.close()
+
+
+def test_every_fault_after_the_command_has_let_it_run(
+    server: PrivateServer,
+) -> None:
+    """The proxy keeps its word: these faults strike after the server's answer."""
+    for fault in Fault:
+        with FaultProxy(
+            server.port, matches=lambda command: command[0] == b"INCRBY", delay=0.05
+        ) as proxy:
+            key = f"faults-{proxy.port}"
+            direct = redis.Redis(port=server.port)
+            client = redis.Redis(
+                port=proxy.port, socket_timeout=0.02, retry=Retry(ConstantBackoff(0), 0)
+            )
+            proxy.plan([fault])
+            with pytest.raises((redis.ConnectionError, redis.TimeoutError)):
+                client.incr(key)
+            assert proxy.injected == {fault: 1}
+            assert int(direct.delete(key)) == (fault in AFTER_THE_COMMAND)
+            client.close()
+            direct.close()

@@ -1,0 +1,368 @@
+"""Every Lua script keeps the rules that all of them share.
+
+Its header is its contract; its words of refusal are the codes of Python's errors; it defines no
+globals; and a key of the wrong type stops it before its first write.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Iterator
+from hashlib import sha1
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from conftest import World
+from faults import contents
+from lupa import lua51
+
+import sessionstore
+import sessionstore.store
+from sessionstore import SessionStoreError
+from sessionstore._server import PrivateServer
+from sessionstore.errors import _BY_CODE
+from sessionstore.operations import SessionOperations
+from sessionstore.scripts import Script, load
+
+LUA = Path(sessionstore.__file__).parent / "lua"
+SCRIPTS = sorted(path.stem for path in LUA.glob("*.lua"))
+INCLUDES = sorted(path.stem for path in (LUA / "include").glob("*.lua"))
+INTERNAL = {"open_store", "read_buffer"}
+
+every_script = pytest.mark.parametrize("script", SCRIPTS)
+every_include = pytest.mark.parametrize("include", INCLUDES)
+
+
+def text_of(script: str) -> str:
+    return (LUA / f"{script}.lua").read_text("utf-8")
+
+
+def header_of(script: str) -> str:
+    """The comment lines at the top."""
+    found = re.match(r"(?:--.*\n)+", text_of(script))
+    return found[0] if found else ""
+
+
+def includes_of(text: str) -> list[str]:
+    return [
+        name
+        for line in re.findall(r"^--- @include (.*)$", text, re.MULTILINE)
+        for name in line.split(", ")
+    ]
+
+
+# ---- Headers and includes -----------------------------------------------------------------
+
+
+@every_script
+def test_a_script_opens_with_its_name_and_purpose(script: str) -> None:
+    assert re.match(rf"-- {script}: \w.+\n", header_of(script))
+
+
+@every_script
+def test_a_header_says_what_goes_in_and_what_comes_out(script: str) -> None:
+    header = header_of(script)
+
+    assert re.search(r"^-- KEYS    1 \w", header, re.MULTILINE)
+    assert re.search(r"^-- Returns \S", header, re.MULTILINE)
+    assert bool(re.search(r"^-- ARGV    1", header, re.MULTILINE)) == ("ARGV" in load(script).text)
+
+
+@every_script
+def test_a_script_is_named_for_its_operation(script: str) -> None:
+    assert hasattr(SessionOperations, script) or script in INTERNAL
+
+
+@every_script
+def test_a_write_takes_its_lane_and_number_first(script: str) -> None:
+    header = header_of(script)
+
+    is_write = "once" in includes_of(text_of(script))
+
+    assert ("-- KEYS    1 lane" in header) == is_write
+    assert ("-- ARGV    1 sequence" in header) == is_write
+
+
+@every_script
+def test_a_script_that_changes_keys_is_guarded_by_its_lane(script: str) -> None:
+    """Opening a store is no write: a second run of it finds what the first has written."""
+    writes = r"redis\.call\('(HSET|HDEL|SET|DEL|UNLINK|[SZ]ADD|[SZ]REM|RPUSH|LPOP|LTRIM|XADD)'"
+    changes = re.search(writes, load(script).text) is not None
+
+    assert changes == ("once" in includes_of(text_of(script)) or script == "open_store")
+
+
+@every_script
+def test_every_include_exists(script: str) -> None:
+    assert set(includes_of(text_of(script))) <= set(INCLUDES)
+
+
+@every_script
+def test_a_loaded_script_holds_the_text_of_its_includes(script: str) -> None:
+    loaded = load(script)
+
+    assert "@include" not in loaded.text
+    for include in includes_of(text_of(script)):
+        assert (LUA / "include" / f"{include}.lua").read_text("utf-8") in loaded.text
+    assert loaded.sha == sha1(loaded.text.encode()).hexdigest()
+
+
+@every_include
+def test_an_include_opens_with_its_name_and_includes_nothing(include: str) -> None:
+    text = (LUA / "include" / f"{include}.lua").read_text("utf-8")
+
+    assert text.startswith(f"-- {include}: ")
+    assert includes_of(text) == []
+
+
+@every_include
+def test_an_include_is_used(include: str) -> None:
+    assert any(include in includes_of(text_of(script)) for script in SCRIPTS)
+
+
+# ---- Codes --------------------------------------------------------------------------------
+
+
+def refusals_of(script: str) -> set[str]:
+    return set(re.findall(r"refuse\(\s*'(\w+)'", load(script).text))
+
+
+@every_script
+def test_a_header_names_exactly_the_codes_that_the_script_refuses_with(script: str) -> None:
+    line = re.search(r"^-- Errors  (.*)$", header_of(script), re.MULTILINE)
+
+    assert set(line[1].split() if line else ()) == refusals_of(script)
+
+
+@every_script
+def test_every_code_of_a_script_has_an_error_class(script: str) -> None:
+    assert refusals_of(script) <= set(_BY_CODE)
+
+
+def of_a_script(error: type[SessionStoreError]) -> bool:
+    """Whether the class makes its message from a script's details."""
+    return "message" in vars(error)
+
+
+def test_every_error_class_of_a_script_is_some_scripts_refusal() -> None:
+    used = set().union(*map(refusals_of, SCRIPTS))
+
+    assert used == {code for code, error in _BY_CODE.items() if of_a_script(error)}
+
+
+@every_script
+def test_a_header_names_exactly_the_events_that_the_script_emits(script: str) -> None:
+    line = re.search(r"^-- Event   (.*)$", header_of(script), re.MULTILINE)
+    emitted = set(re.findall(r"\bevent\(events, '(\w+)'", text_of(script)))
+
+    assert set(line[1].split() if line else ()) == emitted
+
+
+# ---- Globals ------------------------------------------------------------------------------
+
+#: What Redis gives a script, as far as ours use it.
+GIVEN = {
+    "ARGV", "KEYS", "cjson", "ipairs", "math", "redis", "string", "table", "tonumber", "unpack",
+}  # fmt: skip
+GET_GLOBAL, SET_GLOBAL = 5, 7
+
+
+class Bytecode:
+    """The names of the globals that a compiled Lua 5.1 chunk reads and writes.
+
+    The compiler sees every branch, which no run of a script does.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.read: set[str] = set()
+        self.written: set[str] = set()
+        dump = lua51.LuaRuntime(encoding=None).eval(
+            b"function(text) return string.dump(assert(loadstring(text))) end"
+        )
+        self._bytes = bytes(dump(text.encode()))
+        assert self._bytes[:5] == b"\x1bLua\x51"
+        assert self._bytes[6:11] == b"\x01\x04\x08\x04\x08"  # little-endian, 64 bit
+        self._at = 12
+        self._function()
+
+    def _take(self, format: str) -> Any:
+        (value,) = struct.unpack_from("<" + format, self._bytes, self._at)
+        self._at += struct.calcsize("<" + format)
+        return value
+
+    def _string(self) -> str:
+        text = self._bytes[self._at + 8 :][: self._take("Q")]
+        self._at += len(text)
+        return text[:-1].decode()
+
+    def _constant(self) -> str:
+        kind = self._take("B")
+        if kind == 4:
+            return self._string()
+        self._at += {0: 0, 1: 1, 3: 8}[kind]  # nil, boolean, number
+        return ""
+
+    def _function(self) -> None:
+        self._string()  # its source
+        self._at += 4 + 4 + 4  # its lines, and four small counts
+        code = [self._take("I") for _ in range(self._take("I"))]
+        constants = [self._constant() for _ in range(self._take("I"))]
+        for instruction in code:
+            if instruction & 0x3F == GET_GLOBAL:
+                self.read.add(constants[instruction >> 14])
+            elif instruction & 0x3F == SET_GLOBAL:
+                self.written.add(constants[instruction >> 14])
+        for _ in range(self._take("I")):
+            self._function()
+        for _ in range(self._take("I")):  # line numbers
+            self._at += 4
+        for _ in range(self._take("I")):  # local variables
+            self._string()
+            self._at += 8
+        for _ in range(self._take("I")):  # upvalues
+            self._string()
+
+
+@every_script
+def test_a_script_defines_no_globals(script: str) -> None:
+    assert Bytecode(load(script).text).written == set()
+
+
+@every_script
+def test_a_script_reads_only_globals_that_redis_gives_it(script: str) -> None:
+    assert Bytecode(load(script).text).read <= GIVEN
+
+
+def test_a_global_in_a_branch_that_never_runs_is_found() -> None:
+    found = Bytecode("local function f() if KEYS[9] then forgotten = misspelt end end")
+
+    assert (found.written, found.read) == ({"forgotten"}, {"KEYS", "misspelt"})
+
+
+@every_script
+def test_a_script_never_swallows_an_error(script: str) -> None:
+    assert not re.search(r"\bpcall\b", load(script).text)
+
+
+# ---- A key of the wrong type --------------------------------------------------------------
+
+WRITES: dict[str, Callable[[Any, str], Any]] = {
+    "create_session": lambda store, _: store.create_session("codex", "new", "/src", "task", "mcp"),
+    "update_status": lambda store, session_id: store.update_status(session_id, "terminated"),
+    "update_activity": lambda store, session_id: store.update_activity(session_id),
+    "add_output": lambda store, session_id: store.add_output(session_id, "more"),
+    "add_error": lambda store, session_id: store.add_error(session_id, "more"),
+    "update_metadata": lambda store, session_id: store.update_metadata(session_id, {"a": None}),
+    "delete_session": lambda store, session_id: store.delete_session(session_id),
+}
+#: Of the sessions that are created: known beforehand, so that its keys can be spoilt too.
+NEW_ID = "agent_codex_00000000-0000-4000-8000-000000000000"
+
+
+@pytest.fixture
+def world(server: PrivateServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    monkeypatch.setattr("sessionstore.operations.new_session_id", lambda *_: NEW_ID)
+    opened = World("sync", server.program.name.lower(), server.url)
+    yield opened
+    opened.close()
+
+
+class Table:
+    """One session in a namespace of its own, set up anew for each key that is spoilt."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.raw = world.client()
+        self.store = world.store()
+        self.id = "agent_claude_00000000-0000-4000-8000-000000000000"
+        self.set_up()
+
+    def set_up(self) -> None:
+        for key in self.raw.scan_iter(f"{self.world.prefix}*", count=1000):
+            if b":lane:" not in key:
+                self.raw.unlink(key)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sessionstore.operations.new_session_id", lambda *_: self.id)
+            self.store.create_session("claude", "s", "/src", "task", "mcp", metadata={"a": "b"})
+        self.store.add_output(self.id, "line")
+        self.store.add_error(self.id, "line")
+
+    def contents(self) -> dict[bytes, bytes]:
+        return contents(self.raw, self.world.prefix)
+
+    def spoil(self, key: bytes) -> None:
+        """Put something in the key's place that no script expects."""
+        self.raw.unlink(key)
+        if b":lane:" in key:
+            self.raw.rpush(key, "spoilt")
+        else:
+            self.raw.set(key, "spoilt")
+
+    def changed_keys(self, write: Callable[[Any, str], Any]) -> set[bytes]:
+        """The keys that the write changes when all is well."""
+        before = self.contents()
+        write(self.store, self.id)
+        after = self.contents()
+        self.set_up()
+        return {key for key in before | after if before.get(key) != after.get(key)}
+
+
+def half_done(world: World, write: Callable[[Any, str], Any]) -> tuple[list[str], int]:
+    """Spoil each key of the namespace in turn, and carry out the write.
+
+    Returns:
+        The spoilt keys at which the write failed and had changed something all the same; and at
+        how many it failed.
+    """
+    table = Table(world)
+    concerned = table.changed_keys(write)
+    (lane,) = table.raw.scan_iter(f"{world.prefix}lane:*")
+    found, failures = [], 0
+    for key in sorted(concerned | set(table.contents()) | {lane}):
+        kept = table.raw.dump(key) if key == lane else None
+        table.spoil(key)
+        before = table.contents()
+        try:
+            write(table.store, table.id)
+        except (redis.ResponseError, SessionStoreError):
+            failures += 1
+            if table.contents() != before:
+                found.append(key.decode())
+        else:
+            # Nothing but a buffer that is removed, whatever it is, may go unnoticed.
+            if key in concerned and table.raw.exists(key):
+                found.append(f"{key.decode()}, unnoticed")
+        if kept is not None:
+            table.raw.restore(key, 600_000, kept, replace=True)
+        table.set_up()
+    return found, failures
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_a_key_of_the_wrong_type_stops_a_write_before_it_changes_anything(
+    world: World, name: str
+) -> None:
+    found, failures = half_done(world, WRITES[name])
+
+    assert found == []
+    assert failures >= 2  # the session's own hash, and the lane
+
+
+def unchecked(name: str) -> Script:
+    """A script that does not look at its keys' types first."""
+    text = load(name).text.replace("redis.call(PROBE[type], key)", "")
+    return Script(text, sha1(text.encode()).hexdigest())
+
+
+@pytest.mark.parametrize("name", ["create_session", "update_status", "delete_session"])
+def test_without_the_check_a_key_of_the_wrong_type_leaves_a_write_half_done(
+    world: World, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessionstore.store, "load", unchecked)
+
+    found, _ = half_done(world, WRITES[name])
+
+    assert found

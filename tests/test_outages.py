@@ -1,0 +1,500 @@
+"""The bad days: a server that is gone, stopped, full, or has forgotten its scripts."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from signal import SIGCONT, SIGSTOP
+from typing import Any
+
+import pytest
+import redis
+from conftest import PROGRAMS, SERVERS
+from faults import Fault, FaultyWorld, contents
+
+from sessionstore import (
+    AsyncSessionStore,
+    OutcomeUnknownError,
+    ServiceSessionInUseError,
+    SessionNotFoundError,
+    SessionStatusError,
+    SessionStore,
+)
+from sessionstore._server import PrivateServer
+
+OUTAGE = 3.0  # seconds
+DEADLINE = 1.0
+GRACE = 0.5  # seconds over the deadline that a call may take
+
+
+@pytest.fixture(params=SERVERS)
+def durable_server(request: pytest.FixtureRequest) -> Iterator[PrivateServer]:
+    """A server that has every write on disk before it answers."""
+    arguments = ("--appendonly", "yes", "--appendfsync", "always")
+    with PrivateServer(PROGRAMS[request.param], arguments) as started:
+        yield started
+
+
+# ---- The server is gone for a while -------------------------------------------------------
+
+
+def test_a_server_gone_for_three_seconds_loses_nothing_and_nobody_notices(
+    durable_server: PrivateServer,
+) -> None:
+    """Four threads and four tasks write all the while, each into its own session."""
+    over = threading.Event()
+    written: dict[str, int] = {}
+
+    def from_a_thread(store: SessionStore) -> None:
+        session_id = store.create_session("claude", "service", "/src").id
+        written[session_id] = 0
+        while not over.is_set():
+            number = written[session_id]
+            assert store.add_output(session_id, f"line {number}") == number + 1
+            written[session_id] += 1
+
+    async def from_a_task(store: AsyncSessionStore) -> None:
+        session_id = (await store.create_session("codex", "service", "/src")).id
+        written[session_id] = 0
+        while not over.is_set():
+            number = written[session_id]
+            assert await store.add_output(session_id, f"line {number}") == number + 1
+            written[session_id] += 1
+
+    async def from_tasks() -> None:
+        async with AsyncSessionStore.from_url(durable_server.url, deadline=30.0) as store:
+            await asyncio.gather(*(from_a_task(store) for _ in range(4)))
+
+    with (
+        SessionStore.from_url(durable_server.url, deadline=30.0) as store,
+        ThreadPoolExecutor(5) as pool,
+    ):
+        try:
+            writers = [pool.submit(from_a_thread, store) for _ in range(4)]
+            writers.append(pool.submit(asyncio.run, from_tasks()))
+            wait_until(lambda: len(written) == 8 and min(written.values()) >= 20)
+            durable_server.kill()
+            before = dict(written)
+            time.sleep(OUTAGE)
+            durable_server.start()
+            wait_until(lambda: all(written[one] >= before[one] + 20 for one in written))
+        finally:
+            over.set()
+        for writer in writers:
+            writer.result()
+
+        stored = {one.id: list(one.output_buffer) for one in store.get_all_sessions()}
+    assert stored == {one: [f"line {n}" for n in range(c)] for one, c in written.items()}
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + 30
+    while not reached():
+        assert time.monotonic() < give_up
+        time.sleep(0.02)
+
+
+# ---- Every call, on a server that does not answer -----------------------------------------
+
+READS: dict[str, Callable[[Any], Any]] = {
+    "get_session": lambda store: store.get_session("some-id"),
+    "get_session-tail": lambda store: store.get_session("some-id", tail=0),
+    "find_session": lambda store: store.find_session("some-id"),
+    "find_session-tail": lambda store: store.find_session("some-id", tail=0),
+    "find_session_by_service_id": lambda store: store.find_session_by_service_id("service"),
+    "get_all_sessions": lambda store: store.get_all_sessions(),
+    "get_sessions_by_type": lambda store: store.get_sessions_by_type("claude"),
+    "find_sessions": lambda store: store.find_sessions(status="active"),
+    "get_metrics": lambda store: store.get_metrics(),
+    "read_output": lambda store: store.read_output("some-id"),
+    "read_errors": lambda store: store.read_errors("some-id"),
+    "ping": lambda store: store.ping(),
+}
+WRITES: dict[str, Callable[[Any], Any]] = {
+    "create_session": lambda store: store.create_session("claude", "service", "/src"),
+    "update_status": lambda store: store.update_status("some-id", "busy"),
+    "update_activity": lambda store: store.update_activity("some-id"),
+    "add_output": lambda store: store.add_output("some-id", "line"),
+    "add_error": lambda store: store.add_error("some-id", "line"),
+    "update_metadata": lambda store: store.update_metadata("some-id", {"a": "b"}),
+    "delete_session": lambda store: store.delete_session("some-id"),
+}
+CALLS = READS | WRITES
+
+
+def timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    """What a call returns or raises, and how many seconds it takes."""
+    began = time.monotonic()
+    try:
+        outcome = call()
+    except Exception as error:
+        outcome = error
+    return outcome, time.monotonic() - began
+
+
+async def timed_async(call: Callable[[], Awaitable[Any]]) -> tuple[Any, float]:
+    began = time.monotonic()
+    try:
+        outcome = await call()
+    except Exception as error:
+        outcome = error
+    return outcome, time.monotonic() - began
+
+
+class Silence:
+    """Stores with a deadline of one second, and what each of their calls does in it."""
+
+    def __init__(self, style: str, url: str) -> None:
+        self.style = style
+        self.runner = asyncio.Runner()
+        cls: Any = SessionStore if style == "sync" else AsyncSessionStore
+        self.store = cls.from_url(url, deadline=DEADLINE)
+        self.stranger = cls.from_url(url, deadline=DEADLINE)  # has never seen the server
+
+    def warm_up(self) -> None:
+        """Open a connection for each of the calls to come."""
+        if self.style == "sync":
+            with ThreadPoolExecutor(len(CALLS)) as pool:
+                list(pool.map(lambda _: self.store.ping(), range(len(CALLS))))
+        else:
+
+            async def pings() -> None:
+                await asyncio.gather(*(self.store.ping() for _ in CALLS))
+
+            self.runner.run(pings())
+
+    def outcomes(self, store: Any, names: list[str]) -> dict[str, tuple[Any, float]]:
+        """The outcome of each call, all made at the same time."""
+        if self.style == "sync":
+            with ThreadPoolExecutor(len(names)) as pool:
+                found = list(pool.map(lambda name: timed(lambda: CALLS[name](store)), names))
+        else:
+
+            async def together() -> list[tuple[Any, float]]:
+                await asyncio.sleep(0.01)  # a loop that runs hears that a server is gone
+                return await asyncio.gather(
+                    *(timed_async(lambda name=name: CALLS[name](store)) for name in names)
+                )
+
+            found = self.runner.run(together())
+        return dict(zip(names, found, strict=True))
+
+    def late(self, store: Any) -> dict[str, list[float]]:
+        """The calls that are over deadline and grace three times out of three.
+
+        A busy machine may hold up any call once; what waits too long by design always does.
+        """
+        names, took = list(CALLS), {name: [] for name in CALLS}
+        for _ in range(3):
+            for name, (_, seconds) in self.outcomes(store, names).items():
+                took[name].append(seconds)
+            names = [name for name in names if took[name][-1] > DEADLINE + GRACE]
+            if not names:
+                break
+        return {name: took[name] for name in names}
+
+    def close(self) -> None:
+        for store in (self.store, self.stranger):
+            closing = store.close()
+            if closing is not None:
+                self.runner.run(closing)
+        self.runner.close()
+
+
+@pytest.fixture(params=["sync", "async"])
+def silence(request: pytest.FixtureRequest, own_server: PrivateServer) -> Iterator[Silence]:
+    opened = Silence(request.param, own_server.url)
+    opened.warm_up()
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def stopped(silence: Silence, own_server: PrivateServer) -> Iterator[Silence]:
+    """The server takes connections and never answers."""
+    own_server.signal(SIGSTOP)
+    yield silence
+    own_server.signal(SIGCONT)
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stores soon begin no more attempts, where only the outcome matters, not when it comes."""
+    monkeypatch.setattr("sessionstore.attempts.ATTEMPTS_SHARE", 0.1)
+
+
+@pytest.fixture
+def dead(silence: Silence, own_server: PrivateServer) -> Silence:
+    """The server refuses connections."""
+    own_server.kill()
+    return silence
+
+
+def test_every_call_to_a_stopped_server_ends_within_its_deadline(stopped: Silence) -> None:
+    assert stopped.late(stopped.store) == {}
+    assert stopped.late(stopped.stranger) == {}
+
+
+@pytest.mark.usefixtures("hasty")
+def test_every_call_to_a_stopped_server_raises(stopped: Silence) -> None:
+    outcomes = stopped.outcomes(stopped.store, list(CALLS))
+
+    for name, (outcome, _) in outcomes.items():
+        assert isinstance(outcome, redis.RedisError), name
+        assert isinstance(outcome, OutcomeUnknownError) == (name in WRITES), name
+
+
+def test_every_call_to_a_dead_server_ends_within_its_deadline(dead: Silence) -> None:
+    assert dead.late(dead.store) == {}
+    assert dead.late(dead.stranger) == {}
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("which", ["store", "stranger"])
+def test_a_dead_server_never_looks_empty_and_surely_has_run_nothing(
+    dead: Silence, which: str
+) -> None:
+    outcomes = dead.outcomes(getattr(dead, which), list(CALLS))
+
+    for name, (outcome, _) in outcomes.items():
+        assert isinstance(outcome, redis.ConnectionError), f"{name}: {outcome!r}"
+
+
+def test_the_default_client_waits_much_longer_for_a_stopped_server(
+    own_server: PrivateServer,
+) -> None:
+    client = redis.Redis(port=own_server.port)
+    client.ping()
+    own_server.signal(SIGSTOP)
+    waiting = threading.Thread(target=timed, args=(client.ping,), daemon=True)
+    waiting.start()
+    waiting.join(DEADLINE + GRACE)
+    still_waits = waiting.is_alive()
+    own_server.signal(SIGCONT)
+    waiting.join()
+    client.close()
+
+    assert still_waits
+
+
+# ---- SCRIPT FLUSH -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def forgetful(server: PrivateServer) -> Iterator[redis.Redis]:
+    """A client of a server that forgets its scripts every few milliseconds."""
+    client = redis.Redis(port=server.port)
+    over = threading.Event()
+
+    def flush() -> None:
+        while not over.wait(0.002):
+            client.script_flush()
+
+    flushing = threading.Thread(target=flush)
+    flushing.start()
+    yield client
+    over.set()
+    flushing.join()
+    client.close()
+
+
+def flushes(client: redis.Redis) -> int:
+    """How often the server has forgotten its scripts."""
+    stats: Any = client.info("commandstats")
+    return int(stats.get("cmdstat_script|flush", {"calls": 0})["calls"])
+
+
+@pytest.mark.parametrize("style", ["sync", "async"])
+def test_script_flush_at_any_time_is_not_noticed(
+    server: PrivateServer, forgetful: redis.Redis, style: str
+) -> None:
+    world = FaultyWorld(style, server)
+    try:
+        store = world.store()
+        flushed = flushes(forgetful)
+        session_id = store.create_session("claude", "service", "/src").id
+        totals = [store.add_output(session_id, f"line {n}") for n in range(300)]
+        buffer = store.get_session(session_id).output_buffer
+        assert totals == list(range(1, 301))
+        assert buffer == tuple(f"line {n}" for n in range(300))
+        assert flushes(forgetful) - flushed >= 5
+    finally:
+        world.close()
+
+
+def test_evalsha_alone_notices_script_flush(forgetful: redis.Redis) -> None:
+    digest = forgetful.script_load("return 1")
+
+    def keep_calling() -> None:
+        for _ in range(100_000):
+            forgetful.evalsha(digest, 0)
+
+    with pytest.raises(redis.exceptions.NoScriptError):
+        keep_calling()
+
+
+# ---- Few connections ----------------------------------------------------------------------
+
+
+def test_many_threads_share_one_connection(server: PrivateServer) -> None:
+    world = FaultyWorld("sync", server)
+    try:
+        store = world.store(max_connections=1)
+        session_id = store.create_session("claude", "service", "/src").id
+        with ThreadPoolExecutor(16) as pool:
+            totals = pool.map(lambda n: store.add_output(session_id, f"{n}"), range(320))
+            assert sorted(totals) == list(range(1, 321))
+    finally:
+        world.close()
+
+
+def test_many_tasks_share_one_connection(server: PrivateServer) -> None:
+    world = FaultyWorld("async", server)
+    try:
+        store = world.store(max_connections=1)
+        session_id = store.create_session("claude", "service", "/src").id
+
+        async def together() -> list[int]:
+            appends = (store.store.add_output(session_id, f"{n}") for n in range(320))
+            return await asyncio.gather(*appends)
+
+        assert world.runner is not None
+        assert sorted(world.runner.run(together())) == list(range(1, 321))
+    finally:
+        world.close()
+
+
+def test_a_pool_that_does_not_block_fails_with_one_connection(server: PrivateServer) -> None:
+    pool = redis.ConnectionPool(port=server.port, max_connections=1)
+    client = redis.Redis(connection_pool=pool)
+
+    with (
+        ThreadPoolExecutor(16) as threads,
+        pytest.raises(redis.exceptions.MaxConnectionsError),
+    ):
+        list(threads.map(lambda _: client.ping(), range(2000)))
+    pool.disconnect()
+
+
+# ---- Full memory --------------------------------------------------------------------------
+
+
+class FullServer:
+    """A server whose memory is full, with one session in it and one that will not be there."""
+
+    def __init__(self, server: PrivateServer) -> None:
+        self.raw = redis.Redis(port=server.port)
+        self.store = SessionStore.from_url(server.url)
+        self.session_id = self.store.create_session("claude", "service", "/src", "task").id
+        self.store.add_output(self.session_id, "line")
+        self.store.update_metadata(self.session_id, {"branch": "main"})
+        self.raw.config_set("maxmemory", 1)
+
+    def contents(self) -> dict[bytes, bytes]:
+        return contents(self.raw, self.store.keys.prefix)
+
+    def close(self) -> None:
+        self.raw.config_set("maxmemory", 0)
+        self.store.close()
+        self.raw.close()
+
+
+@pytest.fixture
+def full(own_server: PrivateServer) -> Iterator[FullServer]:
+    opened = FullServer(own_server)
+    yield opened
+    opened.close()
+
+
+GROWING: dict[str, Callable[[SessionStore, str], Any]] = {
+    "create_session": lambda store, _: store.create_session("codex", "other", "/src"),
+    "add_output": lambda store, session_id: store.add_output(session_id, "more"),
+    "add_error": lambda store, session_id: store.add_error(session_id, "more"),
+    "update_metadata": lambda store, session_id: store.update_metadata(session_id, {"a": "b"}),
+}
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_full_memory_refuses_what_grows_and_changes_nothing(full: FullServer, name: str) -> None:
+    before = full.contents()
+
+    with pytest.raises(redis.exceptions.OutOfMemoryError):
+        GROWING[name](full.store, full.session_id)
+
+    assert full.contents() == before
+
+
+def test_a_session_can_be_deleted_at_full_memory(full: FullServer) -> None:
+    assert full.store.delete_session(full.session_id) is True
+
+    prefix = full.store.keys.prefix
+    assert set(full.contents()) == {f"{prefix}{name}".encode() for name in ("meta", "events")}
+
+
+@pytest.mark.parametrize("status", ["busy", "terminated"])
+def test_a_status_can_be_changed_at_full_memory(full: FullServer, status: Any) -> None:
+    full.store.update_status(full.session_id, status, expected="active")
+
+    assert full.store.get_session(full.session_id, tail=0).status == status
+    assert [one.id for one in full.store.find_sessions(status=status)] == [full.session_id]
+    assert full.store.get_metrics().active_sessions == 0
+
+
+def test_metadata_can_be_removed_at_full_memory(full: FullServer) -> None:
+    full.store.update_metadata(full.session_id, {"branch": None})
+
+    assert full.store.get_session(full.session_id, tail=0).metadata == {}
+
+
+REFUSED: dict[str, tuple[type[Exception], Callable[[SessionStore, str], Any]]] = {
+    "status": (
+        SessionStatusError,
+        lambda store, session_id: store.update_status(session_id, "busy", expected="starting"),
+    ),
+    "in-use": (
+        ServiceSessionInUseError,
+        lambda store, _: store.create_session("claude", "service", "/src", unique=True),
+    ),
+    "missing-output": (SessionNotFoundError, lambda store, _: store.add_output("no-such-id", "x")),
+    "missing-status": (
+        SessionNotFoundError,
+        lambda store, _: store.update_status("no-such-id", "busy"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refusal_is_given_and_remembered_at_full_memory(full: FullServer, name: str) -> None:
+    error, call = REFUSED[name]
+
+    with pytest.raises(error) as caught:
+        call(full.store, full.session_id)
+
+    (lane,) = full.raw.scan_iter(f"{full.store.keys.prefix}lane:*")
+    assert f" {getattr(caught.value, 'code', None)} ".encode() in full.raw.get(lane)
+
+
+def test_deleting_what_is_not_there_answers_no_at_full_memory(full: FullServer) -> None:
+    assert full.store.delete_session("no-such-session") is False
+
+
+@pytest.mark.parametrize("style", ["sync", "async"])
+def test_a_write_whose_reply_was_lost_is_answered_though_memory_is_full_by_now(
+    own_server: PrivateServer, style: str
+) -> None:
+    world = FaultyWorld(style, own_server)
+    try:
+        session_id = world.direct.create_session("claude", "service", "/src").id
+        world.proxy.on_fault = lambda: world.redis.config_set("maxmemory", 1)
+        world.proxy.plan([Fault.LOSE_REPLY])
+
+        assert world.store().add_output(session_id, "line") == 1
+
+        assert world.proxy.injected == {Fault.LOSE_REPLY: 1}
+        assert world.direct.read_output(session_id).chunks == ("line",)
+    finally:
+        world.redis.config_set("maxmemory", 0)
+        world.close()
