@@ -37,9 +37,14 @@ class Call(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot(Generic[T]):
-    """Run reading commands in one MULTI, so that their replies are of one moment."""
+    """Run reading commands in one MULTI, so that their replies are of one moment.
+
+    ``instead`` is a script with the same replies, for a server that refuses MULTI because its
+    memory is full.
+    """
 
     commands: Sequence[tuple[str | int, ...]]
+    instead: Call[Any]
     decode: Callable[[Any], T | Call[T] | Snapshot[T]]
 
 
@@ -57,7 +62,7 @@ def then(request: Request[T], use: Callable[[T], U | Request[U]]) -> Request[U]:
         return use(result)
 
     if isinstance(request, Snapshot):
-        return Snapshot(request.commands, decode)
+        return Snapshot(request.commands, request.instead, decode)
     return Call(request.script, request.keys, request.args, decode, request.lane)
 
 

@@ -10,9 +10,19 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Coroutine
-from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, get_args, overload
+from typing import (
+    Any,
+    Concatenate,
+    Generic,
+    ParamSpec,
+    Self,
+    TypeVar,
+    get_args,
+    get_origin,
+    overload,
+)
 
-from sessionstore._call import Request
+from sessionstore._call import Call, Request
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -80,6 +90,9 @@ class operation(Generic[P, T]):  # noqa: N801  a decorator
     def _signature(self) -> inspect.Signature:
         """The builder's signature without ``self``, returning the result, not the request."""
         signature = inspect.signature(self.build, eval_str=True)
-        (result, *_) = get_args(signature.return_annotation)
+        request = signature.return_annotation  # Call[T], or Call[T] | Snapshot[T]
+        if get_origin(request) is not Call:
+            request = get_args(request)[0]
+        (result,) = get_args(request)
         _, *parameters = signature.parameters.values()
         return signature.replace(parameters=parameters, return_annotation=result)

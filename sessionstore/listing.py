@@ -62,13 +62,19 @@ def whole_session(
 ) -> Snapshot[T]:
     """Read a session with its buffers in one moment: TIME, hash fields, output, errors."""
     first = 0 if tail is None else -tail
+    session, output, errors = (
+        keys.session(session_id),
+        keys.output(session_id),
+        keys.errors(session_id),
+    )
     return Snapshot(
         (
             ("TIME",),
-            ("HGETALL", keys.session(session_id)),
-            ("LRANGE", keys.output(session_id), first, -1),
-            ("LRANGE", keys.errors(session_id), first, -1),
+            ("HGETALL", session),
+            ("LRANGE", output, first, -1),
+            ("LRANGE", errors, first, -1),
         ),
+        Call("read_whole", (session, output, errors), (first,), decode),
         decode,
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from sessionstore import arguments as check
 from sessionstore import codec
-from sessionstore._call import Call, Request, Snapshot, then
+from sessionstore._call import Call, Request, then
 from sessionstore._operation import operation
 from sessionstore.errors import SessionNotFoundError
 from sessionstore.keys import Keys, new_session_id
@@ -386,9 +386,9 @@ class SessionOperations:
         )
 
     @operation
-    def ping(self) -> Request[bool]:
-        """True if the server answers; redis-py's exception if it does not."""
-        return Snapshot((("PING",),), decode=lambda reply: bool(reply))
+    def ping(self) -> Call[bool]:
+        """True if the server answers and runs scripts; redis-py's exception if it does not."""
+        return Call("ping", keys=(self.keys.meta,), args=(), decode=bool)
 
     # ---- What several of them share -------------------------------------------------------
 

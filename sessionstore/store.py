@@ -8,7 +8,6 @@ safe: a read changes nothing, and a write carries the token of its lane (``lanes
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,15 +15,12 @@ from typing import Any, Self, TypeVar, Unpack, cast
 
 import redis
 import redis.asyncio
-from redis.asyncio.retry import Retry as AsyncRetry
-from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError, ResponseError
-from redis.retry import Retry
+from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 
-from sessionstore import opening
+from sessionstore import connecting, opening
 from sessionstore._call import Call, Request, Snapshot
 from sessionstore._operation import AsyncExecutor, SyncExecutor
-from sessionstore.attempts import CONNECT_SHARE, POOL_WAIT_SHARE, READ_SHARE, Attempts
+from sessionstore.attempts import Attempts
 from sessionstore.errors import (
     InvalidArgumentError,
     OutcomeUnknownError,
@@ -37,7 +33,6 @@ from sessionstore.scripts import Script, load
 from sessionstore.settings import SettingsArguments, StoreSettings
 
 T = TypeVar("T")
-URL_VARIABLE = "SESSIONSTORE_URL"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +52,8 @@ class _Store(SessionOperations):
     def __init__(
         self, *, own_client: bool, redact: Callable[[str], str] | None, settings: StoreSettings
     ) -> None:
+        if redact is not None and not callable(redact):
+            raise InvalidArgumentError.of("redact", "must be a function from str to str, or None")
         self.settings = settings
         self.keys = Keys(settings.namespace)
         self.redact = redact
@@ -77,15 +74,17 @@ class _Store(SessionOperations):
         if self._closed:
             raise SessionStoreError("this store has been closed")
 
-    def _settle(self, error: BaseException, request: Request[Any], lane: Lane) -> None:
+    def _settle(
+        self, error: BaseException, request: Request[Any], lane: Lane, *, is_repeat: bool
+    ) -> None:
         """Keep the lane of a write whose outcome is unknown; let others have it otherwise."""
         if isinstance(error, OutcomeUnknownError):
             error.pending = Pending(self, request, lane)
-        else:
+        elif isinstance(error, Exception) or not is_repeat:  # a repeat may be cancelled
             self._lanes.give_back(lane)
 
     def _take_pending(self, error: OutcomeUnknownError) -> Pending:
-        pending = error.pending
+        pending = getattr(error, "pending", None)
         if not isinstance(pending, Pending) or pending.store is not self:
             raise InvalidArgumentError.of("error", "is not of this store, or was repeated already")
         if not pending.lane.is_repeatable:
@@ -125,7 +124,11 @@ class SessionStore(_Store, SyncExecutor):
     ) -> None:
         loaded = StoreSettings.load(**settings)
         super().__init__(own_client=client is None, redact=redact, settings=loaded)
-        self._client = _connect(_url_from_environment(), loaded) if client is None else client
+        self._client = (
+            connecting.connect(connecting.url_from_environment(), loaded)
+            if client is None
+            else connecting.accepted(client)
+        )
 
     @classmethod
     def from_url(
@@ -142,7 +145,9 @@ class SessionStore(_Store, SyncExecutor):
             redact: see the class.
             settings: see ``StoreSettings``.
         """
-        store = cls(_connect(url, StoreSettings.load(**settings)), redact=redact, **settings)
+        store = cls(
+            connecting.connect(url, StoreSettings.load(**settings)), redact=redact, **settings
+        )
         store._own_client = True
         return store
 
@@ -170,7 +175,7 @@ class SessionStore(_Store, SyncExecutor):
                     time.sleep(attempts.pause_after(error))
         except BaseException as error:
             if lane is not None:
-                self._settle(error, request, lane)
+                self._settle(error, request, lane, is_repeat=is_repeat)
             raise
         if lane is not None:
             self._lanes.give_back(lane)
@@ -178,10 +183,13 @@ class SessionStore(_Store, SyncExecutor):
 
     def _send(self, request: Request[Any], lane: Lane | None) -> Any:
         if isinstance(request, Snapshot):
-            with self._client.pipeline(transaction=True) as pipe:
-                for command in request.commands:
-                    pipe.execute_command(*command)
-                return pipe.execute()
+            try:
+                with self._client.pipeline(transaction=True) as pipe:
+                    for command in request.commands:
+                        pipe.execute_command(*command)
+                    return pipe.execute()
+            except OutOfMemoryError:
+                return self._send(request.instead, None)
         script, operands = _command(request, lane)
         try:
             return self._client.execute_command("EVALSHA", script.sha, *operands)
@@ -207,7 +215,13 @@ class SessionStore(_Store, SyncExecutor):
             OutcomeUnknownError: still no answer; this new error can be repeated.
         """
         pending = self._take_pending(error)
-        return self._carry_out(pending.request, pending.lane, is_repeat=True)
+        try:
+            return self._carry_out(pending.request, pending.lane, is_repeat=True)
+        except Exception:
+            raise
+        except BaseException:
+            error.pending = pending  # interrupted: it can still be repeated
+            raise
 
     def close(self) -> None:
         """Close the connections that the store has opened."""
@@ -238,7 +252,11 @@ class AsyncSessionStore(_Store, AsyncExecutor):
     ) -> None:
         loaded = StoreSettings.load(**settings)
         super().__init__(own_client=client is None, redact=redact, settings=loaded)
-        self._client = _connect_async(_url_from_environment(), loaded) if client is None else client
+        self._client = (
+            connecting.connect_async(connecting.url_from_environment(), loaded)
+            if client is None
+            else connecting.accepted_async(client)
+        )
 
     @classmethod
     def from_url(
@@ -249,7 +267,9 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         **settings: Unpack[SettingsArguments],
     ) -> Self:
         """A store with a client of its own; see ``SessionStore.from_url``."""
-        store = cls(_connect_async(url, StoreSettings.load(**settings)), redact=redact, **settings)
+        store = cls(
+            connecting.connect_async(url, StoreSettings.load(**settings)), redact=redact, **settings
+        )
         store._own_client = True
         return store
 
@@ -277,7 +297,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
                     await asyncio.sleep(attempts.pause_after(error))
         except BaseException as error:
             if lane is not None:
-                self._settle(error, request, lane)
+                self._settle(error, request, lane, is_repeat=is_repeat)
             raise
         if lane is not None:
             self._lanes.give_back(lane)
@@ -285,10 +305,13 @@ class AsyncSessionStore(_Store, AsyncExecutor):
 
     async def _send(self, request: Request[Any], lane: Lane | None) -> Any:
         if isinstance(request, Snapshot):
-            async with self._client.pipeline(transaction=True) as pipe:
-                for command in request.commands:
-                    pipe.execute_command(*command)
-                return await pipe.execute()
+            try:
+                async with self._client.pipeline(transaction=True) as pipe:
+                    for command in request.commands:
+                        pipe.execute_command(*command)
+                    return await pipe.execute()
+            except OutOfMemoryError:
+                return await self._send(request.instead, None)
         script, operands = _command(request, lane)
         try:
             return await self._client.execute_command("EVALSHA", script.sha, *operands)
@@ -306,7 +329,13 @@ class AsyncSessionStore(_Store, AsyncExecutor):
     async def repeat(self, error: OutcomeUnknownError) -> Any:
         """Send a write of unknown outcome again; see ``SessionStore.repeat``."""
         pending = self._take_pending(error)
-        return await self._carry_out(pending.request, pending.lane, is_repeat=True)
+        try:
+            return await self._carry_out(pending.request, pending.lane, is_repeat=True)
+        except Exception:
+            raise
+        except BaseException:
+            error.pending = pending  # cancelled: it can still be repeated
+            raise
 
     async def close(self) -> None:
         """Close the connections that the store has opened."""
@@ -331,43 +360,3 @@ def _command(call: Call[Any], lane: Lane | None) -> tuple[Script, tuple[str | in
         return load(call.script), (len(call.keys), *call.keys, *call.args)
     keys = (call.lane(lane.name), *call.keys)
     return load(call.script), (len(keys), *keys, lane.sequence, *call.args)
-
-
-def _url_from_environment() -> str:
-    url = os.environ.get(URL_VARIABLE)
-    if not url:
-        raise InvalidArgumentError.of(
-            URL_VARIABLE, "is not set: set it to the server's URL, or pass a client or use from_url"
-        )
-    return url
-
-
-def _pool_options(settings: StoreSettings) -> dict[str, Any]:
-    """Finite waits everywhere; the store itself decides when to try again."""
-    return {
-        "max_connections": settings.max_connections,
-        "timeout": settings.deadline * POOL_WAIT_SHARE,
-        "socket_connect_timeout": settings.deadline * CONNECT_SHARE,
-        "socket_timeout": settings.deadline * READ_SHARE,
-        # With RESP 3, redis-py 8.1's asyncio client does not notice idle connections that the
-        # server has closed.
-        "protocol": 2,
-    }
-
-
-def _connect(url: str, settings: StoreSettings) -> redis.Redis:
-    pool_class: Any = redis.BlockingConnectionPool
-    try:
-        pool = pool_class.from_url(url, retry=Retry(NoBackoff(), 0), **_pool_options(settings))
-    except ValueError as error:
-        raise InvalidArgumentError.of("url", f"is not valid: {error}") from None
-    return redis.Redis.from_pool(pool)
-
-
-def _connect_async(url: str, settings: StoreSettings) -> redis.asyncio.Redis:
-    pool_class: Any = redis.asyncio.BlockingConnectionPool
-    try:
-        pool = pool_class.from_url(url, retry=AsyncRetry(NoBackoff(), 0), **_pool_options(settings))
-    except ValueError as error:
-        raise InvalidArgumentError.of("url", f"is not valid: {error}") from None
-    return redis.asyncio.Redis.from_pool(pool)

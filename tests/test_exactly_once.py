@@ -604,6 +604,31 @@ def test_a_repeat_in_vain_can_be_repeated(
     assert world.direct.get_session(session_id).output_buffer == ("uncertain",)
 
 
+def test_a_cancelled_repeat_can_be_repeated(server: PrivateServer) -> None:
+    world = FaultyWorld("async", server)
+    session_id = world.direct.create_session("claude", "service", "/src").id
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sessionstore.attempts.ATTEMPTS_SHARE", 0.02)
+        store = world.store()
+        error = unknown_append(world, store, session_id)
+
+        async def cancelled_repeat() -> None:
+            repeating = asyncio.create_task(store.store.repeat(error))
+            await asyncio.sleep(0.05)
+            repeating.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await repeating
+
+        world.proxy.plan(repeat(Fault.NEVER_REPLY))
+        assert world.runner is not None
+        world.runner.run(cancelled_repeat())
+        world.proxy.plan(())
+
+    assert store.repeat(error) == 1
+    assert world.direct.get_session(session_id).output_buffer == ("uncertain",)
+    world.close()
+
+
 def test_a_repeat_that_cannot_connect_leaves_the_outcome_unknown(
     world: FaultyWorld, impatient: Any, session_id: str
 ) -> None:

@@ -30,7 +30,7 @@ from sessionstore.scripts import Script, load
 LUA = Path(sessionstore.__file__).parent / "lua"
 SCRIPTS = sorted(path.stem for path in LUA.glob("*.lua"))
 INCLUDES = sorted(path.stem for path in (LUA / "include").glob("*.lua"))
-INTERNAL = {"open_store", "read_buffer"}
+INTERNAL = {"open_store", "read_buffer", "read_whole"}
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 every_include = pytest.mark.parametrize("include", INCLUDES)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import PROGRAMS, SERVERS
+from conftest import PROGRAMS, SERVERS, World
 from faults import Fault, FaultyWorld, contents
 
 from sessionstore import (
@@ -425,6 +425,30 @@ def test_full_memory_refuses_what_grows_and_changes_nothing(full: FullServer, na
         GROWING[name](full.store, full.session_id)
 
     assert full.contents() == before
+
+
+READING: dict[str, Callable[[Any, str], Any]] = {
+    "get_session": lambda store, session_id: store.get_session(session_id).output_buffer,
+    "get_session, tail=1": lambda store, known: store.get_session(known, tail=1).output_buffer,
+    "find_session": lambda store, session_id: store.find_session(session_id).output_buffer,
+    "get_all_sessions": lambda store, _: store.get_all_sessions()[0].output_buffer,
+    "read_output": lambda store, session_id: store.read_output(session_id).chunks,
+}
+
+
+@pytest.mark.parametrize("style", ["sync", "async"])
+def test_everything_can_be_read_at_full_memory(own_server: PrivateServer, style: str) -> None:
+    """Redis 7.0 refuses MULTI then, even to commands that only read."""
+    full = FullServer(own_server)
+    world = World(style, own_server.program.name.lower(), own_server.url)
+    try:
+        store = world.store(namespace=full.store.settings.namespace)
+        found = {name: read(store, full.session_id) for name, read in READING.items()}
+        assert found == dict.fromkeys(READING, ("line",))
+        assert store.ping() is True
+    finally:
+        full.close()
+        world.close()
 
 
 def test_a_session_can_be_deleted_at_full_memory(full: FullServer) -> None:

@@ -31,8 +31,8 @@ from sessionstore import (
 )
 from sessionstore.cli import failures, terminal
 from sessionstore.cli.failures import CommandError, note
+from sessionstore.connecting import URL_VARIABLE
 from sessionstore.settings import SettingsArguments
-from sessionstore.store import URL_VARIABLE
 
 DEADLINE = 5.0  # seconds: a person waits
 _DEADLINE_VARIABLE = "SESSIONSTORE_DEADLINE"
