@@ -11,6 +11,7 @@ from typing import Any
 
 from sessionstore.errors import InvalidArgumentError, UnknownSessionTypeError
 from sessionstore.models import STATUSES
+from sessionstore.settings import TYPE_PATTERN
 
 MAX_ID_LENGTH = 512  # characters
 MAX_PATH_LENGTH = 4096  # characters, as PATH_MAX on Linux
@@ -20,7 +21,7 @@ MAX_METADATA_NAMES = 64
 MAX_METADATA_BYTES = 4096
 MAX_PAGE = 1000  # entries
 
-_TYPE = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+_TYPE = re.compile(TYPE_PATTERN)
 _METADATA_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 

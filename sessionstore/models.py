@@ -8,7 +8,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 AgentSessionStatus = Literal["starting", "active", "busy", "error", "terminated"]
 STATUSES: tuple[AgentSessionStatus, ...] = get_args(AgentSessionStatus)
@@ -18,11 +18,7 @@ ENDED_STATUSES: tuple[AgentSessionStatus, ...] = ("terminated", "error")
 LIVE_STATUSES: tuple[AgentSessionStatus, ...] = ("starting", "active", "busy")
 
 
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class AgentSession(_Value):
+class AgentSession(BaseModel, frozen=True):
     """One session as it was at ``read_at``.
 
     ``output_buffer`` and ``error_buffer`` hold the entries that were asked for, oldest first;
@@ -58,7 +54,7 @@ class AgentSession(_Value):
         return self.status in ENDED_STATUSES
 
 
-class SessionMetrics(_Value):
+class SessionMetrics(BaseModel, frozen=True):
     """How many sessions there are, by status and by type."""
 
     total_sessions: int = Field(serialization_alias="totalSessions")
@@ -71,7 +67,7 @@ class SessionMetrics(_Value):
     )
 
 
-class BufferPage(_Value):
+class BufferPage(BaseModel, frozen=True):
     """A stretch of a buffer.
 
     ``chunks`` are the entries up to position ``cursor``, where the next page begins; positions

@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, Self, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from sessionstore.errors import InvalidArgumentError
 
+#: What an agent type looks like.
+TYPE_PATTERN = r"[a-z][a-z0-9_-]{0,31}"
 ENVIRONMENT_PREFIX = "SESSIONSTORE_"
 
 
@@ -29,10 +31,8 @@ class SettingsArguments(TypedDict, total=False):
     allow_eviction: bool
 
 
-class StoreSettings(BaseModel):
+class StoreSettings(BaseModel, frozen=True, extra="forbid"):
     """How a store behaves."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     namespace: Annotated[
         str,
@@ -48,7 +48,8 @@ class StoreSettings(BaseModel):
         int, Field(ge=1, le=64 * 1024 * 1024, description="most bytes of one chunk")
     ] = 1024 * 1024
     types: Annotated[
-        frozenset[str] | None, Field(description="the only agent types accepted; None = any")
+        frozenset[Annotated[str, Field(pattern=f"^{TYPE_PATTERN}$")]] | None,
+        Field(min_length=1, description="the only agent types accepted; None = any"),
     ] = None
     deadline: Annotated[
         float, Field(gt=0, le=60, description="seconds a call may take over all its attempts")

@@ -7,6 +7,7 @@ the guard of ``include/once.lua``, and against bare RPUSH, and must see the dama
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections import Counter

@@ -13,7 +13,7 @@ local id, index = ARGV[2], ARGV[3] .. 'sessions:'
 local stored = redis.call('HMGET', session,
   'type', 'status', 'service_session_id', 'task_id', 'mcp_session_id', 'owner')
 local type, status, service, task, mcp, owner = unpack(stored, 1, 6)
-if not status then
+if redis.call('EXISTS', session) == 0 then
   run_at_full_memory()
   return done('0')
 end
@@ -45,5 +45,5 @@ end
 if type and redis.call('EXISTS', index .. 'type:' .. type) == 0 then
   redis.call('SREM', types, type)
 end
-event(events, 'deleted', id, type or '', 'old_status', status)
+event(events, 'deleted', id, type or '', 'old_status', status or '')
 return done('1')

@@ -1,0 +1,169 @@
+"""What editors, documentation tools and checkers see of the two stores at run time.
+
+What type checkers infer is in ``typed_calls.py``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+import sessionstore
+from sessionstore import AgentSession, AsyncSessionStore, SessionStore
+from sessionstore._operation import operation
+from sessionstore.operations import SessionOperations
+from sessionstore.testing import async_memory_store, memory_store
+
+ORIGINAL = [
+    "create_session",
+    "get_session",
+    "find_session",
+    "find_session_by_service_id",
+    "update_status",
+    "update_activity",
+    "add_output",
+    "add_error",
+    "delete_session",
+    "get_all_sessions",
+    "get_sessions_by_type",
+    "get_metrics",
+]
+OPERATIONS = [
+    name for name, value in vars(SessionOperations).items() if isinstance(value, operation)
+]
+
+
+@pytest.fixture
+def store() -> Iterator[SessionStore]:
+    with memory_store() as opened:
+        yield opened
+
+
+@pytest.fixture
+def async_store() -> AsyncSessionStore:
+    return async_memory_store()  # never contacts anything, so there is nothing to close
+
+
+def public(store_class: type[Any]) -> set[str]:
+    return {name for name in dir(store_class) if not name.startswith("_")}
+
+
+def test_the_originals_methods_come_first_and_keep_their_order() -> None:
+    assert OPERATIONS[: len(ORIGINAL)] == ORIGINAL
+
+
+def test_both_stores_have_the_same_public_methods() -> None:
+    assert public(SessionStore) == public(AsyncSessionStore)
+    assert set(OPERATIONS) < public(SessionStore)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_both_stores_show_the_same_signature(
+    store: SessionStore, async_store: AsyncSessionStore, name: str
+) -> None:
+    signature = inspect.signature(getattr(store, name))
+    assert signature == inspect.signature(getattr(async_store, name))
+    assert "self" not in signature.parameters
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_signature_tells_the_result_and_not_the_request(store: SessionStore, name: str) -> None:
+    result = str(inspect.signature(getattr(store, name)).return_annotation)
+    assert not any(word in result for word in ("Call", "Snapshot", "Request", "~T"))
+
+
+def test_signatures_are_those_of_the_design(store: SessionStore) -> None:
+    signature = inspect.signature(store.get_session)
+    assert signature.return_annotation is AgentSession
+    assert list(signature.parameters) == ["session_id", "tail"]
+    tail = signature.parameters["tail"]
+    assert (tail.kind, tail.default) == (inspect.Parameter.KEYWORD_ONLY, None)
+    create = inspect.signature(store.create_session).parameters
+    positional = [
+        name for name, p in create.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    ]
+    assert positional == [
+        "type", "service_session_id", "project_path", "task_id", "mcp_session_id"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_only_the_asyncio_store_has_coroutine_functions(
+    store: SessionStore, async_store: AsyncSessionStore, name: str
+) -> None:
+    assert inspect.iscoroutinefunction(getattr(async_store, name))
+    assert not inspect.iscoroutinefunction(getattr(store, name))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_method_is_documented_wherever_it_is_looked_up(
+    store: SessionStore, async_store: AsyncSessionStore, name: str
+) -> None:
+    texts = {
+        getattr(holder, name).__doc__
+        for holder in (store, async_store, SessionStore, AsyncSessionStore)
+    }
+    (text,) = texts
+    assert text
+    assert text.strip()
+    assert getattr(store, name).__name__ == name
+
+
+@pytest.mark.parametrize("store_class", [SessionStore, AsyncSessionStore])
+def test_everything_public_is_documented(store_class: type[Any]) -> None:
+    undocumented = [
+        name for name in public(store_class)
+        if callable(getattr(store_class, name)) and not getattr(store_class, name).__doc__
+    ]  # fmt: skip
+    assert undocumented == []
+    assert store_class.__doc__
+
+
+def test_a_method_is_the_same_object_each_time(store: SessionStore) -> None:
+    assert store.get_session is store.get_session
+
+
+def test_every_public_name_is_there() -> None:
+    assert sorted(set(sessionstore.__all__)) == sorted(sessionstore.__all__)
+    for name in sessionstore.__all__:
+        assert hasattr(sessionstore, name)
+
+
+def test_the_package_is_marked_as_typed() -> None:
+    assert (Path(sessionstore.__file__).parent / "py.typed").exists()
+
+
+def test_hints_of_the_models_can_be_resolved() -> None:
+    assert get_type_hints(AgentSession)["output_buffer"] == tuple[str, ...]
+
+
+def test_values_can_be_pickled(store: SessionStore) -> None:
+    """So that workers can hand them to each other."""
+    session = store.create_session("claude", "s", "/src", metadata={"a": "b"})
+    assert pickle.loads(pickle.dumps(session)) == session
+    metrics = store.get_metrics()
+    assert pickle.loads(pickle.dumps(metrics)) == metrics
+
+
+ERRORS = [
+    value
+    for value in vars(sessionstore).values()
+    if isinstance(value, type) and issubclass(value, sessionstore.SessionStoreError)
+]
+
+
+def test_every_error_has_a_code_of_its_own() -> None:
+    codes = [error.code for error in ERRORS]
+    assert len(set(codes)) == len(codes) == len(ERRORS) > 10
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_an_error_tells_what_its_code_says(error: type[sessionstore.SessionStoreError]) -> None:
+    word = error.__name__.removesuffix("Error")
+    assert error.code.replace("_", "").lower().removesuffix("error") == word.lower()
+    assert error.__doc__
