@@ -5,7 +5,7 @@ exponential backoff and full jitter (Marc Brooker, "Exponential Backoff And Jitt
 attempt must fit in the deadline too: waiting for a connection, connecting, and reading the reply.
 So the deadline is divided:
 
-    0 s                               5.5 s        6.5 s        7.5 s               10 s
+    0 s                               5.5 s        6 s          7.5 s               10 s
     |------- attempts may begin --------|- pool wait -|- connect --|------ read ------|
 """
 
@@ -21,8 +21,8 @@ from sessionstore.errors import OutcomeUnknownError, is_transient, surely_not_ru
 logger = logging.getLogger("sessionstore")
 
 ATTEMPTS_SHARE = 0.55
-POOL_WAIT_SHARE = 0.1
-CONNECT_SHARE = 0.1
+POOL_WAIT_SHARE = 0.05
+CONNECT_SHARE = 0.15
 READ_SHARE = 0.25
 
 _FIRST_PAUSE = 0.01  # seconds

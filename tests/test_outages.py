@@ -14,6 +14,7 @@ import pytest
 import redis
 from conftest import PROGRAMS, SERVERS, World
 from faults import Fault, FaultyWorld, contents
+from waiting import until
 
 from sessionstore import (
     AsyncSessionStore,
@@ -155,7 +156,17 @@ class Silence:
         self.stranger = cls.from_url(url, deadline=DEADLINE)  # has never seen the server
 
     def warm_up(self) -> None:
-        """Open a connection for each of the calls to come."""
+        """Open a connection for each of the calls to come; a busy machine may take a while."""
+        until(self._warmed_up)
+
+    def _warmed_up(self) -> bool:
+        try:
+            self._ping_together()
+        except redis.RedisError:
+            return False
+        return True
+
+    def _ping_together(self) -> None:
         if self.style == "sync":
             with ThreadPoolExecutor(len(CALLS)) as pool:
                 list(pool.map(lambda _: self.store.ping(), range(len(CALLS))))
@@ -221,7 +232,7 @@ def stopped(silence: Silence, own_server: PrivateServer) -> Iterator[Silence]:
 
 
 @pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+def hasty(silence: Silence, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001  when warm
     """Stores soon begin no more attempts, where only the outcome matters, not when it comes."""
     monkeypatch.setattr("sessionstore.attempts.ATTEMPTS_SHARE", 0.1)
 

@@ -1,0 +1,126 @@
+"""The options that the commands share, and the store that they name."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated
+from urllib.parse import urlsplit
+
+import typer
+
+from sessionstore import InvalidArgumentError, SessionStore
+from sessionstore.cli import failures
+from sessionstore.cli.failures import CommandError
+from sessionstore.connecting import URL_VARIABLE
+from sessionstore.settings import SettingsArguments
+
+DEADLINE = 5.0  # seconds: a person waits
+_DEADLINE_VARIABLE = "SESSIONSTORE_DEADLINE"
+
+_STORE_PANEL = "The store"
+Url = Annotated[
+    str | None,
+    typer.Option(
+        "--url",
+        metavar="URL",
+        help=f"The server: redis://, rediss:// or unix://. Default: ${URL_VARIABLE}.",
+        rich_help_panel=_STORE_PANEL,
+    ),
+]
+Namespace = Annotated[
+    str | None,
+    typer.Option(
+        "--namespace",
+        metavar="NAME",
+        help="First part of every key. Default: $SESSIONSTORE_NAMESPACE, or agents.",
+        rich_help_panel=_STORE_PANEL,
+    ),
+]
+Timeout = Annotated[
+    float | None,
+    typer.Option(
+        "--timeout",
+        metavar="SECONDS",
+        help="How long a call to the store may take. Default: 5; for run 10.",
+        rich_help_panel=_STORE_PANEL,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, whether on a terminal or not.")]
+SessionId = Annotated[str, typer.Argument(metavar="ID", help="The session's id.")]
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalOptions:
+    """The options given before the command; the same after it win."""
+
+    url: str | None = None
+    namespace: str | None = None
+    timeout: float | None = None
+
+
+@contextmanager
+def opened_store(
+    context: typer.Context,
+    url: str | None,
+    namespace: str | None,
+    timeout: float | None,
+    default_timeout: float | None = DEADLINE,
+) -> Generator[SessionStore, None, None]:
+    """The store that options and environment name."""
+    before: GlobalOptions = context.obj
+    url = url or before.url or os.environ.get(URL_VARIABLE)
+    if not url:
+        raise CommandError(
+            failures.USAGE,
+            f"no server is named: set {URL_VARIABLE} or pass --url, "
+            "for example redis://localhost:6379",
+        )
+    settings: SettingsArguments = {}
+    namespace = namespace if namespace is not None else before.namespace
+    if namespace is not None:
+        settings["namespace"] = namespace
+    timeout = timeout if timeout is not None else before.timeout
+    if timeout is None and not os.environ.get(_DEADLINE_VARIABLE):
+        timeout = default_timeout
+    if timeout is not None:
+        settings["deadline"] = timeout
+    try:
+        opened = SessionStore.from_url(url, **settings)
+    except InvalidArgumentError as error:
+        if error.argument == "deadline":
+            raise CommandError(failures.USAGE, f"--timeout: {error}") from None
+        if error.argument != "url":
+            raise
+        raise _invalid_url() from None
+    if _has_stray_at(url):
+        opened.close()
+        raise _invalid_url()
+    with opened, failures.naming_the_server(url, opened.settings.deadline):
+        yield opened
+
+
+def _invalid_url() -> CommandError:
+    # Without what urllib says of the URL: it may quote a part of the password.
+    return CommandError(
+        failures.USAGE,
+        "the URL is not valid: expected redis://[USER:PASSWORD@]HOST[:PORT][/DB], rediss://… "
+        "or unix:///PATH, with special characters of the password percent-encoded",
+    )
+
+
+def _has_stray_at(url: str) -> bool:
+    """A password with ``/``, ``?`` or ``#`` ends the host too early: it is read as the address."""
+    parts = urlsplit(url)
+    return parts.scheme != "unix" and "@" in parts.path + parts.query + parts.fragment
+
+
+def write(line: str) -> None:
+    sys.stdout.write(line + "\n")
+
+
+def on_terminal() -> bool:
+    return sys.stdout.isatty()
