@@ -22,8 +22,10 @@ from sessionstore.cli.demo import show
 from sessionstore.cli.demo.jobs import built_in_jobs, jobs_from
 from sessionstore.cli.demo.verify import Findings, plain_client, verify
 from sessionstore.cli.demo.worker import Job
+from sessionstore.cli.failures import naming_the_server
 
 REFRESH_SECONDS = 0.15
+ANSWER_SECONDS = 10.0
 
 
 @dataclass
@@ -78,6 +80,7 @@ def run_demo(
         namespace = "agents" if own else f"demo-{uuid4().hex[:8]}"
         server_url = own.url if own else str(url)
         say.began(own, server_url, namespace, jobs, workers)
+        stack.enter_context(naming_the_server(server_url, ANSWER_SECONDS))
         code = _run(server_url, namespace, directory, jobs, workers, say, json_output)
         if own and keep:
             own.keep()
@@ -98,7 +101,7 @@ def _run(
 ) -> int:
     progress = Progress(jobs)
     started = time.monotonic()
-    with SessionStore.from_url(url, namespace=namespace) as store:
+    with SessionStore.from_url(url, namespace=namespace, deadline=ANSWER_SECONDS) as store:
         store.ping()
         with (
             _workers(workers, url, namespace, directory, progress, say.reported) as threads,
