@@ -1,8 +1,8 @@
 """A call: one round trip to Redis, as a value.
 
 An operation builds a call and does no I/O; a store carries it out, blocking or awaiting. So each
-operation is written once and serves both. There are two kinds: a ``Call`` runs one Lua script; a
-``Snapshot`` reads a session whole, in one MULTI.
+operation is written once and serves both. There are three kinds: a ``Call`` runs one Lua script; a
+``Snapshot`` reads a session whole, in one MULTI; ``Several`` asks every partition at once.
 
 A decoder turns Redis's reply into the result, or into the next call where one round trip cannot
 be enough: the next page of a listing.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -31,7 +31,7 @@ class Call(Generic[T]):
     script: str
     keys: Sequence[str]
     args: Sequence[str | int]
-    decode: Callable[[Any], T | Call[T] | Snapshot[T]]
+    decode: Callable[[Any], T | Request[T]]
     lane: Callable[[str], str] | None = None
 
 
@@ -45,10 +45,23 @@ class Snapshot(Generic[T]):
 
     commands: Sequence[tuple[str | int, ...]]
     instead: Call[Any]
-    decode: Callable[[Any], T | Call[T] | Snapshot[T]]
+    decode: Callable[[Any], T | Request[T]]
 
 
-Request = Call[T] | Snapshot[T]
+@dataclass(frozen=True, slots=True)
+class Several(Generic[T]):
+    """Run scripts that only read, one a partition, in one round trip.
+
+    ``decode`` gets their replies in the same order.
+    """
+
+    calls: Sequence[Call[Any]]
+    decode: Callable[[list[Any]], T | Request[T]]
+
+
+Request: TypeAlias = Call[T] | Snapshot[T] | Several[T]
+#: For isinstance.
+REQUESTS = (Call, Snapshot, Several)
 
 
 def then(request: Request[T], use: Callable[[T], U | Request[U]]) -> Request[U]:
@@ -56,13 +69,15 @@ def then(request: Request[T], use: Callable[[T], U | Request[U]]) -> Request[U]:
 
     def decode(reply: Any) -> U | Request[U]:
         result = request.decode(reply)
-        if isinstance(result, (Call, Snapshot)):
+        if isinstance(result, REQUESTS):
             following: Request[T] = cast("Any", result)
             return then(following, use)
         return use(result)
 
     if isinstance(request, Snapshot):
         return Snapshot(request.commands, request.instead, decode)
+    if isinstance(request, Several):
+        return Several(request.calls, decode)
     return Call(request.script, request.keys, request.args, decode, request.lane)
 
 

@@ -1,7 +1,8 @@
-"""``@operation``: written once, typed twice.
+"""``@operation`` and ``@feed``: written once, typed twice.
 
-The decorated method builds a request and does no I/O. Seen on a ``SyncExecutor`` it is a method
-that returns the result; on an ``AsyncExecutor`` a coroutine function. Type checkers infer both
+The decorated method builds a request, or a feed of pages, and does no I/O. Seen on a
+``SyncExecutor`` it is a method that returns the result, or an iterator; on an ``AsyncExecutor`` a
+coroutine function, or a function that returns an asynchronous iterator. Type checkers infer both
 from the one definition, and go-to-definition lands on it.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import (
     Any,
     Concatenate,
@@ -22,10 +23,11 @@ from typing import (
     overload,
 )
 
-from sessionstore._call import Call, Request
+from sessionstore._call import Call, Feed, Request
 
 P = ParamSpec("P")
 T = TypeVar("T")
+C = TypeVar("C")
 
 
 class SyncExecutor:
@@ -33,6 +35,10 @@ class SyncExecutor:
 
     def execute(self, request: Request[T]) -> T:
         """Carry out a request and return its result."""
+        raise NotImplementedError  # each executor has its own
+
+    def drain(self, feed: Feed[T, C]) -> Iterator[T]:
+        """Give the items of a feed, page after page."""
         raise NotImplementedError  # each executor has its own
 
 
@@ -43,15 +49,46 @@ class AsyncExecutor:
         """Carry out a request and return its result."""
         raise NotImplementedError  # each executor has its own
 
+    def drain(self, feed: Feed[T, C]) -> AsyncIterator[T]:
+        """Give the items of a feed, page after page."""
+        raise NotImplementedError  # each executor has its own
 
-class operation(Generic[P, T]):  # noqa: N801  a decorator
-    """Show a builder of requests as a method, blocking or awaitable."""
 
-    def __init__(self, build: Callable[Concatenate[Any, P], Request[T]]) -> None:
-        self.build = build
+class _Shown:
+    """What both decorators do: show the builder as a method, under its own name and signature."""
+
+    def __init__(self, build: Callable[..., Any]) -> None:
         self.__doc__ = build.__doc__
         self.__name__ = build.__name__
         self.__wrapped__ = build
+
+    def _show(
+        self, bound: Any, store: SyncExecutor | AsyncExecutor, returns: Callable[[Any], Any]
+    ) -> None:
+        functools.update_wrapper(bound, self.__wrapped__)
+        signature = inspect.signature(self.__wrapped__, eval_str=True)
+        result = _first_argument(signature.return_annotation)
+        _, *parameters = signature.parameters.values()
+        # An honest one: without `self`, returning the result and not the request.
+        bound.__signature__ = signature.replace(
+            parameters=parameters, return_annotation=returns(result)
+        )
+        # Found there from now on, without passing here again.
+        store.__dict__[self.__name__] = bound
+
+
+def _first_argument(annotation: Any) -> Any:
+    """T, of ``Call[T]``, of ``Feed[T, …]``, or of the union ``Request[T]``."""
+    first = get_args(annotation)[0]
+    return first if get_origin(annotation) in (Call, Feed) else _first_argument(first)
+
+
+class operation(_Shown, Generic[P, T]):  # noqa: N801  a decorator
+    """Show a builder of requests as a method, blocking or awaitable."""
+
+    def __init__(self, build: Callable[Concatenate[Any, P], Request[T]]) -> None:
+        super().__init__(build)
+        self.build = build
 
     @overload
     def __get__(self, store: None, owner: type) -> Self: ...
@@ -80,19 +117,34 @@ class operation(Generic[P, T]):  # noqa: N801  a decorator
                 return run_sync(build(store, *args, **kwargs))
 
             bound = call_sync
-        functools.update_wrapper(bound, build)
-        bound.__signature__ = self._signature  # type: ignore[union-attr]
-        # Found there from now on, without passing here again.
-        store.__dict__[self.__name__] = bound
+        self._show(bound, store, lambda result: result)
         return bound
 
-    @functools.cached_property
-    def _signature(self) -> inspect.Signature:
-        """The builder's signature without ``self``, returning the result, not the request."""
-        signature = inspect.signature(self.build, eval_str=True)
-        request = signature.return_annotation  # Call[T], or Call[T] | Snapshot[T]
-        if get_origin(request) is not Call:
-            request = get_args(request)[0]
-        (result,) = get_args(request)
-        _, *parameters = signature.parameters.values()
-        return signature.replace(parameters=parameters, return_annotation=result)
+
+class feed(_Shown, Generic[P, T]):  # noqa: N801  a decorator
+    """Show a builder of feeds as a method that returns an iterator, blocking or asynchronous."""
+
+    def __init__(self, build: Callable[Concatenate[Any, P], Feed[T, Any]]) -> None:
+        super().__init__(build)
+        self.build = build
+
+    @overload
+    def __get__(self, store: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, store: SyncExecutor, owner: type) -> Callable[P, Iterator[T]]: ...
+    @overload
+    def __get__(self, store: AsyncExecutor, owner: type) -> Callable[P, AsyncIterator[T]]: ...
+    def __get__(
+        self, store: SyncExecutor | AsyncExecutor | None, owner: type
+    ) -> Self | Callable[P, Iterator[T]] | Callable[P, AsyncIterator[T]]:
+        if store is None:
+            return self
+        build, drain = self.build, store.drain
+
+        def iterate(*args: P.args, **kwargs: P.kwargs) -> Any:
+            # Built at once, so that a bad argument is refused by the call itself.
+            return drain(build(store, *args, **kwargs))
+
+        iterator: Any = AsyncIterator if isinstance(store, AsyncExecutor) else Iterator
+        self._show(iterate, store, lambda item: iterator[item])
+        return iterate

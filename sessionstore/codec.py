@@ -7,13 +7,14 @@ in text, with a hash as a list or (RESP 3) as a dict, and nobody further up sees
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import ValidationError
 
-from sessionstore.errors import SessionNotFoundError, UnreadableSessionError, refusal
+from sessionstore.errors import UnreadableSessionError, refusal
 from sessionstore.models import STATUSES, AgentSession, BufferPage, SessionMetrics
 
 logger = logging.getLogger("sessionstore")
@@ -109,29 +110,24 @@ def _unreadable(session_id: str | None, error: ValidationError | UnicodeDecodeEr
     return unreadable
 
 
-def readable(rows: Iterable[Sequence[Any]], read_at: datetime) -> list[AgentSession]:
-    """The sessions of a listing, from rows of fields, output and errors.
-
-    Those that cannot be read are left out and logged.
-    """
-    sessions: list[AgentSession] = []
-    for fields, output, errors in rows:
-        try:
-            found = session(fields, output, errors, read_at)
-        except UnreadableSessionError as error:
-            logger.warning("left out of a listing: %s", error)
-            continue
-        if found is None:
-            logger.warning("left out of a listing: an id that is indexed but has no session")
-        else:
-            sessions.append(found)
-    return sessions
+def listed(
+    fields: Mapping[Any, Any] | Sequence[Any],
+    output: Iterable[Any],
+    errors: Iterable[Any],
+    read_at: datetime,
+) -> AgentSession | None:
+    """A session of a listing; one that cannot be read is left out and logged."""
+    try:
+        return session(fields, output, errors, read_at)
+    except UnreadableSessionError as error:
+        logger.warning("left out of a listing: %s", error)
+        return None
 
 
-def buffer_page(session_id: str, cursor: int, reply: Sequence[Any]) -> BufferPage:
-    """A page of a buffer, read from position ``cursor``."""
+def buffer_page(cursor: int, reply: Sequence[Any]) -> BufferPage | None:
+    """A page of a buffer, read from position ``cursor``; None if there is no such session."""
     if not reply[0]:
-        raise SessionNotFoundError.from_details({"session_id": session_id})
+        return None
     status, total, oldest, start, entries = reply
     end = int(start) + len(entries)
     return BufferPage(
@@ -143,15 +139,21 @@ def buffer_page(session_id: str, cursor: int, reply: Sequence[Any]) -> BufferPag
     )
 
 
-def metrics(reply: Sequence[Any]) -> SessionMetrics:
-    """The counts of ``get_metrics``."""
-    total, counts, types = reply
-    by_status = dict(zip(STATUSES, map(int, counts), strict=True))
+def metrics(replies: Iterable[Sequence[Any]]) -> SessionMetrics:
+    """The counts of ``get_metrics``, added up over the partitions."""
+    total = 0
+    by_status, by_type = dict.fromkeys(STATUSES, 0), Counter[str]()
+    for sessions, counts, types in replies:
+        total += int(sessions)
+        for status, count in zip(STATUSES, counts, strict=True):
+            by_status[status] += int(count)
+        for name, count in _pairs(types):
+            by_type[text(name)] += int(count)
     return SessionMetrics(
-        total_sessions=int(total),
+        total_sessions=total,
         active_sessions=by_status["active"],
         busy_sessions=by_status["busy"],
         error_sessions=by_status["error"],
-        sessions_by_type={text(name): int(count) for name, count in _pairs(types)},
+        sessions_by_type=dict(by_type),
         sessions_by_status=by_status,
     )

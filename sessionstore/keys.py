@@ -1,23 +1,63 @@
 """Every key name, in one place.
 
-All keys of a namespace share one hash tag, the namespace in braces, so that every script is legal
-on Redis Cluster. The scripts build the few names that only they can know (the index sets of a
-session's stored fields) from the same prefix.
+A namespace has 1, 16 or 256 partitions. All keys of a partition share one hash tag, so that every
+script is legal on Redis Cluster: the namespace in braces, and with several partitions the
+partition's digits in it too. The scripts build the few names that only they can know (the index
+sets of a session's stored fields) from the same prefix.
 """
 
 from __future__ import annotations
 
 from binascii import crc_hqx
+from functools import cached_property
 from uuid import uuid4
+
+PARTITIONS = (1, 16, 256)
+_TWO_DIGITS = {f"{number:02x}": number for number in range(256)}
+
+
+class Keyspace:
+    """The partitions of one namespace, and which of them a session is in.
+
+    The first two hex digits of a session's UUID follow from its service session id, so either id
+    alone tells the partition: both digits with 256 partitions, the first of them with 16.
+    """
+
+    def __init__(self, namespace: str, partitions: int) -> None:
+        self._namespace = namespace
+        self._partitions = partitions
+        #: The one key that is in no partition.
+        self.meta = f"{{{namespace}}}:meta"
+
+    @cached_property
+    def all(self) -> tuple[Keys, ...]:
+        """Every partition's keys."""
+        if self._partitions == 1:
+            return (Keys(self._namespace),)
+        # A digit twice: a single one would spread badly over the nodes of a cluster.
+        digits = [
+            f"{n:x}" * 2 if self._partitions == 16 else f"{n:02x}" for n in range(self._partitions)
+        ]
+        return tuple(Keys(f"{self._namespace}/{tag}") for tag in digits)
+
+    def of_session(self, session_id: str) -> Keys:
+        """The keys of the partition that a session is in."""
+        return self._holding(_TWO_DIGITS.get(session_id[-36:-34], 0))
+
+    def of_service(self, service_session_id: str) -> Keys:
+        """The keys of the partition that a service session's sessions are in."""
+        return self._holding(_service_digits(service_session_id))
+
+    def _holding(self, digits: int) -> Keys:
+        return self.all[digits * self._partitions >> 8]
 
 
 class Keys:
-    """The key names of one namespace."""
+    """The key names of one partition."""
 
-    def __init__(self, namespace: str) -> None:
-        prefix = f"{{{namespace}}}:"
+    def __init__(self, tag: str) -> None:
+        prefix = f"{{{tag}}}:"
         self.prefix = prefix
-        self.meta = f"{prefix}meta"
         self.sessions = f"{prefix}sessions"
         self.types = f"{prefix}types"
         self.activity = f"{prefix}activity"
@@ -58,11 +98,11 @@ class Keys:
         return f"{self.prefix}lane:{name}"
 
 
-def new_session_id(type: str, service_session_id: str) -> str:
-    """A session id: ``agent_<type>_<uuid4>``.
+def _service_digits(service_session_id: str) -> int:
+    # CRC-16/XMODEM, Redis Cluster's own.
+    return crc_hqx(service_session_id.encode(), 0) & 0xFF
 
-    The UUID's first two digits follow from the service session id (CRC-16/XMODEM, Redis Cluster's
-    own), so that one day either id alone tells in which partition the session is.
-    """
-    digits = f"{crc_hqx(service_session_id.encode(), 0) & 0xFF:02x}"
-    return f"agent_{type}_{digits}{str(uuid4())[2:]}"
+
+def new_session_id(type: str, service_session_id: str) -> str:
+    """A session id: ``agent_<type>_<uuid4>``, its first two digits as in ``Keyspace``."""
+    return f"agent_{type}_{_service_digits(service_session_id):02x}{str(uuid4())[2:]}"

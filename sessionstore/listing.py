@@ -1,166 +1,230 @@
 """Listings: the sessions that match, in order, page after page.
 
-A page is one run of ``lua/find_sessions.lua``. Its cursor is a place in the order (a creation
-time, or a last activity, and an id), so no server-side state is needed and a restart of the
-server is not noticed. A session whose buffers do not fit a page is read alone.
+Each partition is walked by ``lua/find_sessions.lua``, from a place in the order: a creation time
+or a last activity, and an id. So no state is needed in the server, and a restart of it is not
+noticed. The partitions' pages are merged: what was read is given as far as no partition that is
+still being walked can have anything before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from sessionstore import arguments as check
 from sessionstore import codec
-from sessionstore._call import Call, Feed, Page, Request, Snapshot
+from sessionstore._call import Call, Feed, Page, Request, Several, then
 from sessionstore.errors import InvalidArgumentError
 from sessionstore.keys import Keys
 from sessionstore.models import AgentSession, AgentSessionStatus
+from sessionstore.reading import in_pieces
 
-T = TypeVar("T")
+logger = logging.getLogger("sessionstore")
 
 Order = Literal["created", "-last_activity"]
 CREATED: Order = "created"
 BY_ACTIVITY: Order = "-last_activity"
 
-MOST_ROWS = 1000  # in a page
-
-#: The index sets of each filter: a session matches a filter if it is in one of its sets.
-Filters = tuple[tuple[str, ...], ...]
-
-
-def filters_of(
-    keys: Keys,
-    *,
-    type: str | None = None,
-    status: AgentSessionStatus | Iterable[AgentSessionStatus] | None = None,
-    task_id: str | None = None,
-    mcp_session_id: str | None = None,
-    service_session_id: str | None = None,
-    owner: str | None = None,
-) -> Filters:
-    """The filters that were given, checked."""
-    filters: list[tuple[str, ...]] = []
-    if service_session_id is not None:
-        filters.append((keys.by_service(check.text("service_session_id", service_session_id)),))
-    if task_id is not None:
-        filters.append((keys.by_task(check.text("task_id", task_id)),))
-    if mcp_session_id is not None:
-        filters.append((keys.by_mcp(check.text("mcp_session_id", mcp_session_id)),))
-    if owner is not None:
-        filters.append((keys.by_owner(check.text("owner", owner)),))
-    if type is not None:
-        filters.append((keys.by_type(check.session_type(type, None)),))
-    if status is not None:
-        filters.append(tuple(map(keys.by_status, check.statuses("status", status))))
-    return tuple(filters)
-
-
-def whole_session(
-    keys: Keys, session_id: str, tail: int | None, decode: Callable[[Any], T]
-) -> Snapshot[T]:
-    """Read a session with its buffers in one moment: TIME, hash fields, output, errors."""
-    first = 0 if tail is None else -tail
-    session, output, errors = (
-        keys.session(session_id),
-        keys.output(session_id),
-        keys.errors(session_id),
-    )
-    return Snapshot(
-        (
-            ("TIME",),
-            ("HGETALL", session),
-            ("LRANGE", output, first, -1),
-            ("LRANGE", errors, first, -1),
-        ),
-        Call("read_whole", (session, output, errors), (first,), decode),
-        decode,
-    )
+PAGE_ROWS = 1000  # over all partitions
+PAGE_BYTES = 1024 * 1024  # of buffers, over all partitions
+LEAST_ROWS, LEAST_BYTES = 64, 64 * 1024  # of one partition
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a listing goes on: after this score and id, with so many sessions already given.
+class Filters:
+    """What a session must match; None is no filter."""
 
-    ``alone`` is the id of the session at this place if it must be read alone first.
-    """
+    type: str | None = None
+    status: AgentSessionStatus | Iterable[AgentSessionStatus] | None = None
+    task_id: str | None = None
+    mcp_session_id: str | None = None
+    service_session_id: str | None = None
+    owner: str | None = None
+    idle_for: float | None = None
+    statuses: tuple[str, ...] = ()
 
-    score: str = ""
-    id: str = ""
+    def __post_init__(self) -> None:
+        for name in ("task_id", "mcp_session_id", "service_session_id", "owner"):
+            if getattr(self, name) is not None:
+                check.text(name, getattr(self, name))
+        if self.type is not None:
+            check.session_type(self.type, None)
+        if self.status is not None:
+            object.__setattr__(self, "statuses", check.statuses("status", self.status))
+        if self.idle_for is not None:
+            check.seconds("idle_for", self.idle_for)
+
+    def index_sets(self, keys: Keys) -> list[tuple[str, ...]]:
+        """For each filter its index sets: a session matches that is in one of them."""
+        sets: list[tuple[str, ...]] = []
+        if self.service_session_id is not None:
+            sets.append((keys.by_service(self.service_session_id),))
+        if self.task_id is not None:
+            sets.append((keys.by_task(self.task_id),))
+        if self.mcp_session_id is not None:
+            sets.append((keys.by_mcp(self.mcp_session_id),))
+        if self.owner is not None:
+            sets.append((keys.by_owner(self.owner),))
+        if self.type is not None:
+            sets.append((keys.by_type(self.type),))
+        if self.statuses:
+            sets.append(tuple(map(keys.by_status, self.statuses)))
+        return sets
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A session and its place in the order."""
+
+    place: tuple[int, str]
+    session: AgentSession
+
+
+@dataclass(frozen=True, slots=True)
+class Strand:
+    """How far one partition has been walked, and what was read there but not given yet."""
+
+    keys: Keys
+    place: tuple[int, str] | None = None
+    rows: tuple[Row, ...] = ()
+    finished: bool = False
+    alone: str = ""  # the session at `place`, if it is too large for a page
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a listing goes on."""
+
+    strands: tuple[Strand, ...]
     given: int = 0
-    alone: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """One listing: what matches, in which order, how many, and how much of the buffers."""
+    """One listing: where, what matches, in which order, how many, how much of the buffers.
 
-    keys: Keys
+    ``read_alone`` reads a session whose buffers do not fit a page; None if it cannot be read.
+    """
+
+    partitions: Sequence[Keys]
     filters: Filters
-    idle_for: float | None
-    order: Order
-    limit: int | None
-    tail: int | None
+    order: Order = CREATED
+    limit: int | None = None
+    tail: int | None = 0
+    read_alone: Callable[[Keys, str, int | None], Request[AgentSession | None]] = in_pieces
 
     def __post_init__(self) -> None:
         check.tail(self.tail)
         if self.limit is not None:
             check.whole("limit", self.limit, 0)
-        if self.idle_for is not None:
-            check.seconds("idle_for", self.idle_for)
         if self.order not in (CREATED, BY_ACTIVITY):
             raise InvalidArgumentError.of(
                 "order", f"must be {CREATED!r} or {BY_ACTIVITY!r}, not {self.order!r:.80}"
             )
 
-    def feed(self) -> Feed[AgentSession, Place]:
+    def feed(self) -> Feed[AgentSession, Progress]:
         """The sessions, in pages."""
-        return Feed(Place(), self._page)
+        return Feed(Progress(tuple(map(Strand, self.partitions))), self._page)
 
-    def _page(self, place: Place) -> Request[Page[AgentSession, Place]]:
-        if place.alone:
-            return self._lone_session(place)
-        wanted = MOST_ROWS if self.limit is None else min(MOST_ROWS, self.limit - place.given)
-        keys = self.keys
+    def _page(self, progress: Progress) -> Request[Page[AgentSession, Progress]]:
+        for number, strand in enumerate(progress.strands):
+            if strand.alone:
+                return self._read_alone(progress, number, strand)
+        asked = [n for n, s in enumerate(progress.strands) if not (s.finished or s.rows)]
+        rows = max(PAGE_ROWS // len(asked), LEAST_ROWS)
+        if self.limit is not None:
+            rows = min(rows, self.limit - progress.given)
+        room = max(PAGE_BYTES // len(asked), LEAST_BYTES)
+
+        def decode(replies: Sequence[Any]) -> Page[AgentSession, Progress]:
+            strands = list(progress.strands)
+            for number, reply in zip(asked, replies, strict=True):
+                strands[number] = _walked(strands[number], reply)
+            return self._merge(Progress(tuple(strands), progress.given))
+
+        calls = [self._walk(progress.strands[number], rows, room) for number in asked]
+        if len(calls) == 1:
+            (call,) = calls
+            return Call(call.script, call.keys, call.args, lambda reply: decode([reply]))
+        return Several(calls, decode)
+
+    def _walk(self, strand: Strand, rows: int, room: int) -> Call[Any]:
+        keys = strand.keys
+        score, last_id = strand.place or ("", "")
+        sets = self.filters.index_sets(keys)
+        idle_for = self.filters.idle_for
         return Call(
             "find_sessions",
-            keys=(
-                keys.sessions,
-                keys.activity,
-                keys.ended,
-                *(index for sets in self.filters for index in sets),
-            ),
+            keys=(keys.sessions, keys.activity, keys.ended, *(key for s in sets for key in s)),
             args=(
                 keys.prefix,
                 self.order,
-                place.score,
-                place.id,
-                wanted,
+                score,
+                last_id,
+                rows,
+                room,
                 -1 if self.tail is None else self.tail,
-                "" if self.idle_for is None else round(self.idle_for * 1_000_000),
-                *map(len, self.filters),
+                "" if idle_for is None else round(idle_for * 1_000_000),
+                *map(len, sets),
             ),
-            decode=lambda reply: self._decode(place, reply),
+            decode=lambda reply: reply,
         )
 
-    def _decode(self, place: Place, reply: Any) -> Page[AgentSession, Place]:
-        time, score, last_id, alone, rows = reply
-        sessions = codec.readable(rows, codec.moment(time))
-        following = Place(
-            codec.text(score), codec.text(last_id), place.given + len(sessions), codec.text(alone)
+    def _read_alone(
+        self, progress: Progress, number: int, strand: Strand
+    ) -> Request[Page[AgentSession, Progress]]:
+        def page(session: AgentSession | None) -> Page[AgentSession, Progress]:
+            assert strand.place is not None
+            rows = () if session is None else (Row(strand.place, session),)
+            strands = list(progress.strands)
+            strands[number] = replace(strand, rows=rows, alone="")
+            return self._merge(Progress(tuple(strands), progress.given))
+
+        return then(self.read_alone(strand.keys, strand.alone, self.tail), page)
+
+    def _merge(self, progress: Progress) -> Page[AgentSession, Progress]:
+        """Give what can be given, in order; keep the rest."""
+        strands = progress.strands
+        if any(strand.alone for strand in strands):
+            return Page((), progress)
+        descending = self.order == BY_ACTIVITY
+        places = [s.place for s in strands if not s.finished and s.place is not None]
+        rows = sorted(
+            (row for s in strands for row in s.rows), key=lambda r: r.place, reverse=descending
         )
-        return Page(sessions, self._unless_done(following))
+        if places:  # rows beyond the least of them may still be preceded by others
+            bound = max(places) if descending else min(places)
+            ready = [r for r in rows if (r.place >= bound if descending else r.place <= bound)]
+        else:
+            ready = rows
+        if self.limit is not None:
+            ready = ready[: self.limit - progress.given]
+        given = progress.given + len(ready)
+        sessions = [row.session for row in ready]
+        taken = {row.place for row in ready}
+        left = tuple(
+            replace(s, rows=tuple(r for r in s.rows if r.place not in taken)) for s in strands
+        )
+        if given == self.limit or all(s.finished and not s.rows for s in left):
+            return Page(sessions, None)
+        return Page(sessions, Progress(left, given))
 
-    def _unless_done(self, place: Place) -> Place | None:
-        enough = self.limit is not None and place.given >= self.limit
-        return None if enough or not place.score else place
 
-    def _lone_session(self, place: Place) -> Request[Page[AgentSession, Place]]:
-        def decode(reply: Any) -> Page[AgentSession, Place]:
-            time, *row = reply
-            sessions = codec.readable([row] if row[0] else [], codec.moment(time))
-            following = Place(place.score, place.id, place.given + len(sessions))
-            return Page(sessions, self._unless_done(following))
-
-        return whole_session(self.keys, place.alone, self.tail, decode)
+def _walked(strand: Strand, reply: Any) -> Strand:
+    """A partition after one more page of it."""
+    time, score, last_id, alone, rows = reply
+    read_at = codec.moment(time)
+    found: list[Row] = []
+    for row_score, fields, output, errors in rows:
+        session = codec.listed(fields, output, errors, read_at)
+        if session is None:
+            if not fields:
+                logger.warning("left out of a listing: an id that is indexed but has no session")
+        else:
+            found.append(Row((int(row_score), session.id), session))
+    place = (int(score), codec.text(last_id)) if score else None
+    return replace(
+        strand, place=place, rows=tuple(found), finished=place is None, alone=codec.text(alone)
+    )

@@ -14,25 +14,35 @@ from typing import Any, cast
 from sessionstore import codec
 from sessionstore._call import Call
 from sessionstore.errors import SchemaMismatchError, UnsafeServerError
-from sessionstore.keys import Keys
+from sessionstore.keys import Keyspace
 from sessionstore.settings import StoreSettings
 
 logger = logging.getLogger("sessionstore")
 
-SCHEMA = {"schema": "1", "partitions": "1"}
+SCHEMA_VERSION = "1"
 
 #: The command beside the script: what the server says of its memory.
 INFO = ("INFO", "memory")
 
 
-def open_store(keys: Keys) -> Call[None]:
-    """Read what layout the namespace has; give a new one this version's."""
+def _layout(settings: StoreSettings) -> dict[str, str]:
+    return {"schema": SCHEMA_VERSION, "partitions": str(settings.partitions)}
+
+
+def open_store(keyspace: Keyspace, settings: StoreSettings) -> Call[None]:
+    """Read what layout the namespace has; give a new one this store's."""
     return Call(
         "open_store",
-        keys=(keys.meta,),
-        args=[part for pair in SCHEMA.items() for part in pair],
+        keys=(keyspace.meta,),
+        args=[part for pair in _layout(settings).items() for part in pair],
         decode=lambda _: None,  # check_layout looks at it
     )
+
+
+_REMEDY = {
+    "schema": "use the version of sessionstore that made it",
+    "partitions": "set the same number of partitions",
+}
 
 
 def check_layout(reply: Any, settings: StoreSettings) -> None:
@@ -42,12 +52,11 @@ def check_layout(reply: Any, settings: StoreSettings) -> None:
         SchemaMismatchError: says what was found, and what this version works with.
     """
     found = codec.hash_fields(reply)
-    for name, ours in SCHEMA.items():
+    for name, ours in _layout(settings).items():
         if found.get(name) != ours:
             raise SchemaMismatchError(
-                f"namespace {settings.namespace!r} has {name} {found.get(name)!r}, this version "
-                f"of sessionstore works with {ours!r}: use the version that made it, or another "
-                "namespace"
+                f"namespace {settings.namespace!r} has {name} {found.get(name)!r}, this store "
+                f"has {ours!r}: {_REMEDY[name]}, or use another namespace"
             )
 
 

@@ -10,15 +10,16 @@ First the twelve methods of the TypeScript original, under their own names; then
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from sessionstore import arguments as check
-from sessionstore import codec
-from sessionstore._call import Call, Request, then
-from sessionstore._operation import operation
+from sessionstore import codec, reading
+from sessionstore._call import Call, Feed, Request, Several, then
+from sessionstore._operation import feed, operation
 from sessionstore.errors import SessionNotFoundError
-from sessionstore.keys import Keys, new_session_id
-from sessionstore.listing import CREATED, Filters, Listing, Order, filters_of, whole_session
+from sessionstore.keys import Keys, Keyspace, new_session_id
+from sessionstore.listing import CREATED, Filters, Listing, Order
 from sessionstore.models import (
     LIVE_STATUSES,
     STATUSES,
@@ -34,7 +35,7 @@ class SessionOperations:
     """The operations; see the module."""
 
     settings: StoreSettings
-    keys: Keys
+    keyspace: Keyspace
     redact: Callable[[str], str] | None
 
     # ---- The original ---------------------------------------------------------------------
@@ -74,7 +75,8 @@ class SessionOperations:
             "service_session_id": check.text("service_session_id", service_session_id),
             "project_path": check.text("project_path", project_path, check.MAX_PATH_LENGTH),
         }
-        keys = self.keys
+        session_id = new_session_id(type, service_session_id)
+        keys = self.keyspace.of_session(session_id)
         indexes = [
             keys.by_type(type),
             keys.by_status(check.status("status", status)),
@@ -87,7 +89,6 @@ class SessionOperations:
             fields["mcp_session_id"] = check.text("mcp_session_id", mcp_session_id)
             indexes.append(keys.by_mcp(mcp_session_id))
         noted = {name: v for name, v in check.metadata(metadata or {}).items() if v is not None}
-        session_id = new_session_id(type, service_session_id)
 
         def decode(reply: Any) -> AgentSession:
             created_at = codec.moment_of_us(int(codec.done(reply)))
@@ -156,12 +157,17 @@ class SessionOperations:
             tail: as in ``get_session``.
             live: consider only sessions that have not ended.
         """
-        filters = filters_of(
-            self.keys,
-            service_session_id=service_session_id,
-            status=LIVE_STATUSES if live else None,
+        filters = Filters(
+            service_session_id=service_session_id, status=LIVE_STATUSES if live else None
         )
-        sessions = self._list(filters, limit=1, tail=tail)
+        listing = Listing(
+            (self.keyspace.of_service(service_session_id),),
+            filters,
+            limit=1,
+            tail=tail,
+            read_alone=partial(reading.whole, session=codec.listed),
+        )
+        sessions = listing.feed().collect()
         return then(sessions, lambda found: found[0] if found else None)
 
     @operation
@@ -183,11 +189,11 @@ class SessionOperations:
             SessionNotFoundError: there is no such session.
             SessionStatusError: its status is not among ``expected``; nothing was changed.
         """
-        keys = self.keys
+        keys = self._keys_of(session_id)
         return Call(
             "update_status",
             keys=(
-                keys.session(check.text("session_id", session_id)),
+                keys.session(session_id),
                 keys.activity,
                 keys.ended,
                 keys.events,
@@ -210,10 +216,10 @@ class SessionOperations:
         Raises:
             SessionNotFoundError: there is no such session.
         """
-        keys = self.keys
+        keys = self._keys_of(session_id)
         return Call(
             "update_activity",
-            keys=(keys.session(check.text("session_id", session_id)), keys.activity),
+            keys=(keys.session(session_id), keys.activity),
             args=(session_id,),
             decode=_nothing,
             lane=keys.lane,
@@ -234,12 +240,12 @@ class SessionOperations:
         Raises:
             SessionNotFoundError: there is no such session.
         """
-        return self._append("add_output", session_id, self.keys.output, chunks)
+        return self._append("add_output", session_id, chunks)
 
     @operation
     def add_error(self, session_id: str, *chunks: str | bytes) -> Call[int]:
         """Append to a session's error buffer; otherwise as ``add_output``."""
-        return self._append("add_error", session_id, self.keys.errors, chunks)
+        return self._append("add_error", session_id, chunks)
 
     @operation
     def delete_session(self, session_id: str) -> Call[bool]:
@@ -248,11 +254,11 @@ class SessionOperations:
         Returns:
             True if it was deleted, False if there was no such session.
         """
-        keys = self.keys
+        keys = self._keys_of(session_id)
         return Call(
             "delete_session",
             keys=(
-                keys.session(check.text("session_id", session_id)),
+                keys.session(session_id),
                 keys.output(session_id),
                 keys.errors(session_id),
                 keys.sessions,
@@ -270,25 +276,28 @@ class SessionOperations:
     @operation
     def get_all_sessions(self, *, tail: int | None = None) -> Request[list[AgentSession]]:
         """Get all sessions in the order of their creation; ``tail`` as in ``get_session``."""
-        return self._list((), tail=tail)
+        return self._list(Filters(), tail=tail)
 
     @operation
     def get_sessions_by_type(
         self, type: str, *, tail: int | None = None
     ) -> Request[list[AgentSession]]:
         """Get the sessions of one agent type in the order of their creation."""
-        return self._list(filters_of(self.keys, type=type), tail=tail)
+        return self._list(Filters(type=type), tail=tail)
 
     @operation
-    def get_metrics(self) -> Call[SessionMetrics]:
+    def get_metrics(self) -> Request[SessionMetrics]:
         """Count the sessions by status and by type, at the same cost however many there are."""
-        keys = self.keys
-        return Call(
-            "get_metrics",
-            keys=(keys.sessions, keys.types),
-            args=(keys.prefix, *STATUSES),
-            decode=codec.metrics,
-        )
+        calls = [
+            Call(
+                "get_metrics",
+                keys=(keys.sessions, keys.types),
+                args=(keys.prefix, *STATUSES),
+                decode=lambda reply: codec.metrics([reply]),
+            )
+            for keys in self.keyspace.all
+        ]
+        return calls[0] if len(calls) == 1 else Several(calls, codec.metrics)
 
     # ---- Beyond the original --------------------------------------------------------------
 
@@ -322,19 +331,40 @@ class SessionOperations:
             limit: at most so many.
             tail: as in ``get_session``; buffers are not loaded unless asked for.
         """
-        filters = filters_of(
-            self.keys,
-            type=type,
-            status=status,
-            task_id=task_id,
-            mcp_session_id=mcp_session_id,
-            service_session_id=service_session_id,
-            owner=owner,
+        filters = Filters(
+            type, status, task_id, mcp_session_id, service_session_id, owner, idle_for
         )
-        return self._list(filters, idle_for=idle_for, order=order, limit=limit, tail=tail)
+        return self._list(filters, order=order, limit=limit, tail=tail)
+
+    @feed
+    def iter_sessions(
+        self,
+        *,
+        type: str | None = None,
+        status: AgentSessionStatus | Iterable[AgentSessionStatus] | None = None,
+        task_id: str | None = None,
+        mcp_session_id: str | None = None,
+        service_session_id: str | None = None,
+        owner: str | None = None,
+        idle_for: float | None = None,
+        tail: int | None = 0,
+    ) -> Feed[AgentSession, Any]:
+        """Iterate over the sessions that match, in the order of their creation.
+
+        They are read a page at a time while the iteration goes on, through a restart of the
+        server too. A session that is there from start to end is given exactly once; one that is
+        created or deleted meanwhile may or may not be given. The filters are those of
+        ``find_sessions``.
+        """
+        filters = Filters(
+            type, status, task_id, mcp_session_id, service_session_id, owner, idle_for
+        )
+        return self._listing(filters, tail=tail).feed()
 
     @operation
-    def read_output(self, session_id: str, cursor: int = 0, limit: int = 1000) -> Call[BufferPage]:
+    def read_output(
+        self, session_id: str, cursor: int = 0, limit: int = 1000
+    ) -> Request[BufferPage]:
         """Read a page of a session's output, from an absolute position.
 
         Args:
@@ -346,12 +376,14 @@ class SessionOperations:
         Raises:
             SessionNotFoundError: there is no such session.
         """
-        return self._read_buffer(session_id, "output", self.keys.output, cursor, limit)
+        return self._read_buffer(session_id, "output", cursor, limit)
 
     @operation
-    def read_errors(self, session_id: str, cursor: int = 0, limit: int = 1000) -> Call[BufferPage]:
+    def read_errors(
+        self, session_id: str, cursor: int = 0, limit: int = 1000
+    ) -> Request[BufferPage]:
         """Read a page of a session's error buffer; otherwise as ``read_output``."""
-        return self._read_buffer(session_id, "error", self.keys.errors, cursor, limit)
+        return self._read_buffer(session_id, "error", cursor, limit)
 
     @operation
     def update_metadata(self, session_id: str, metadata: Mapping[str, str | None]) -> Call[None]:
@@ -368,12 +400,12 @@ class SessionOperations:
             SessionNotFoundError: there is no such session.
             MetadataLimitError: it would have too many names; nothing was changed.
         """
-        keys = self.keys
+        keys = self._keys_of(session_id)
         checked = check.metadata(metadata)
         to_set = {name: value for name, value in checked.items() if value is not None}
         return Call(
             "update_metadata",
-            keys=(keys.session(check.text("session_id", session_id)),),
+            keys=(keys.session(session_id),),
             args=(
                 session_id,
                 check.MAX_METADATA_NAMES,
@@ -388,40 +420,32 @@ class SessionOperations:
     @operation
     def ping(self) -> Call[bool]:
         """True if the server answers and runs scripts; redis-py's exception if it does not."""
-        return Call("ping", keys=(self.keys.meta,), args=(), decode=bool)
+        return Call("ping", keys=(self.keyspace.meta,), args=(), decode=bool)
 
     # ---- What several of them share -------------------------------------------------------
 
+    def _keys_of(self, session_id: str) -> Keys:
+        """The keys of the partition that a session is in."""
+        return self.keyspace.of_session(check.text("session_id", session_id))
+
     def _read(self, session_id: str, tail: int | None) -> Request[AgentSession | None]:
         """One session, whole or with the newest entries of its buffers."""
-        keys = self.keys
-        session = keys.session(check.text("session_id", session_id))
+        keys = self._keys_of(session_id)
         if check.tail(tail) == 0:
-            return Call(
-                "get_session",
-                keys=(session,),
-                args=(),
-                decode=lambda reply: codec.session(reply[1], (), (), codec.moment(reply[0])),
-            )
-
-        def decode(reply: Any) -> AgentSession | None:
-            time, fields, output, errors = reply
-            return codec.session(fields, output, errors, codec.moment(time))
-
-        return whole_session(keys, session_id, tail, decode)
+            return reading.without_buffers(keys, session_id)
+        return reading.whole(keys, session_id, tail)
 
     def _append(
         self,
-        script: str,
+        script: Literal["add_output", "add_error"],
         session_id: str,
-        key: Callable[[str], str],
         chunks: tuple[str | bytes, ...],
     ) -> Call[int]:
-        keys, settings = self.keys, self.settings
-        check.text("session_id", session_id)
+        keys, settings = self._keys_of(session_id), self.settings
+        buffer = keys.output if script == "add_output" else keys.errors
         return Call(
             script,
-            keys=(keys.session(session_id), key(session_id), keys.activity),
+            keys=(keys.session(session_id), buffer(session_id), keys.activity),
             args=(
                 session_id,
                 settings.buffer_limit,
@@ -433,37 +457,41 @@ class SessionOperations:
         )
 
     def _read_buffer(
+        self, session_id: str, buffer: reading.Buffer, cursor: int, limit: int
+    ) -> Request[BufferPage]:
+        def found(page: BufferPage | None) -> BufferPage:
+            if page is None:
+                raise SessionNotFoundError.from_details({"session_id": session_id})
+            return page
+
+        keys = self._keys_of(session_id)
+        check.whole("cursor", cursor, 0)
+        check.whole("limit", limit, 1, reading.MOST_ENTRIES)
+        return then(reading.buffer_page(keys, session_id, buffer, cursor, limit), found)
+
+    def _listing(
         self,
-        session_id: str,
-        buffer: str,
-        key: Callable[[str], str],
-        cursor: int,
-        limit: int,
-    ) -> Call[BufferPage]:
-        check.text("session_id", session_id)
-        return Call(
-            "read_buffer",
-            keys=(self.keys.session(session_id), key(session_id)),
-            args=(
-                check.whole("cursor", cursor, 0),
-                check.whole("limit", limit, 1, check.MAX_PAGE),
-                f"{buffer}_total",
-                f"{buffer}_bytes",
-            ),
-            decode=lambda reply: codec.buffer_page(session_id, cursor, reply),
-        )
+        filters: Filters,
+        *,
+        order: Order = CREATED,
+        limit: int | None = None,
+        tail: int | None = None,
+    ) -> Listing:
+        # Only a service session's id tells the partition.
+        service = filters.service_session_id
+        partitions = self.keyspace.all if service is None else (self.keyspace.of_service(service),)
+        return Listing(partitions, filters, order, limit, tail)
 
     def _list(
         self,
         filters: Filters,
         *,
-        idle_for: float | None = None,
         order: Order = CREATED,
         limit: int | None = None,
         tail: int | None = None,
     ) -> Request[list[AgentSession]]:
         """All sessions that match, page after page."""
-        return Listing(self.keys, filters, idle_for, order, limit, tail).feed().collect()
+        return self._listing(filters, order=order, limit=limit, tail=tail).feed().collect()
 
 
 def _nothing(reply: Any) -> None:

@@ -7,7 +7,7 @@ default. Workers that share a namespace should share its settings.
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, Self, TypedDict
+from typing import Annotated, Any, Literal, Self, TypedDict
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
@@ -26,6 +26,7 @@ class SettingsArguments(TypedDict, total=False):
     buffer_bytes: int
     chunk_limit: int
     types: frozenset[str] | set[str] | list[str] | tuple[str, ...] | None
+    partitions: int
     deadline: float
     max_connections: int
     allow_eviction: bool
@@ -51,6 +52,9 @@ class StoreSettings(BaseModel, frozen=True, extra="forbid"):
         frozenset[Annotated[str, Field(pattern=f"^{TYPE_PATTERN}$")]] | None,
         Field(min_length=1, description="the only agent types accepted; None = any"),
     ] = None
+    partitions: Annotated[
+        Literal[1, 16, 256], Field(description="into how many hash slots the namespace is spread")
+    ] = 1
     deadline: Annotated[
         float, Field(gt=0, le=60, description="seconds a call may take over all its attempts")
     ] = 10.0
@@ -60,6 +64,11 @@ class StoreSettings(BaseModel, frozen=True, extra="forbid"):
     allow_eviction: Annotated[
         bool, Field(description="open a store on a server that may evict any key")
     ] = False
+
+    @field_validator("partitions", mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return int(value) if isinstance(value, str) and value.isdecimal() else value
 
     @field_validator("types", mode="before")
     @classmethod

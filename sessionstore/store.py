@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar, Unpack, cast
 
@@ -18,7 +18,7 @@ import redis.asyncio
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 
 from sessionstore import connecting, opening
-from sessionstore._call import Call, Request, Snapshot
+from sessionstore._call import REQUESTS, Call, Feed, Request, Several, Snapshot
 from sessionstore._operation import AsyncExecutor, SyncExecutor
 from sessionstore.attempts import Attempts
 from sessionstore.errors import (
@@ -26,13 +26,14 @@ from sessionstore.errors import (
     OutcomeUnknownError,
     SessionStoreError,
 )
-from sessionstore.keys import Keys
+from sessionstore.keys import Keyspace
 from sessionstore.lanes import Lane, Lanes
 from sessionstore.operations import SessionOperations
 from sessionstore.scripts import Script, load
 from sessionstore.settings import SettingsArguments, StoreSettings
 
 T = TypeVar("T")
+C = TypeVar("C")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class _Store(SessionOperations):
         if redact is not None and not callable(redact):
             raise InvalidArgumentError.of("redact", "must be a function from str to str, or None")
         self.settings = settings
-        self.keys = Keys(settings.namespace)
+        self.keyspace = Keyspace(settings.namespace, settings.partitions)
         self.redact = redact
         self._own_client = own_client
         self._lanes = Lanes()
@@ -66,7 +67,13 @@ class _Store(SessionOperations):
         return f"<{type(self).__name__} of namespace {self.settings.namespace!r}>"
 
     def _attempts(self, request: Request[Any], *, is_repeat: bool) -> Attempts:
-        what = "get_session" if isinstance(request, Snapshot) else request.script
+        match request:
+            case Call():
+                what = request.script
+            case Several():
+                what = request.calls[0].script
+            case Snapshot():
+                what = "get_session"
         deadline = self.settings.deadline if self._own_client else None
         return Attempts(what, deadline, is_write=_is_write(request), may_have_run=is_repeat)
 
@@ -154,11 +161,19 @@ class SessionStore(_Store, SyncExecutor):
     def execute(self, request: Request[T]) -> T:
         """Carry out a request, and those that follow from it."""
         result: T | Request[T] = request
-        while isinstance(result, (Call, Snapshot)):
+        while isinstance(result, REQUESTS):
             following: Request[T] = cast("Any", result)
             lane = self._lanes.take() if _is_write(following) else None
             result = self._carry_out(following, lane)
         return result
+
+    def drain(self, feed: Feed[T, C]) -> Iterator[T]:
+        """Give a feed's items, reading a page when the one before has been given."""
+        cursor: C | None = feed.first
+        while cursor is not None:
+            page = self.execute(feed.page(cursor))
+            yield from page.items
+            cursor = page.cursor
 
     def _carry_out(
         self, request: Request[T], lane: Lane | None, *, is_repeat: bool = False
@@ -190,15 +205,30 @@ class SessionStore(_Store, SyncExecutor):
                     return pipe.execute()
             except OutOfMemoryError:
                 return self._send(request.instead, None)
+        if isinstance(request, Several):
+            return self._send_several(request.calls)
         script, operands = _command(request, lane)
         try:
             return self._client.execute_command("EVALSHA", script.sha, *operands)
         except NoScriptError:
             return self._client.execute_command("EVAL", script.text, *operands)
 
+    def _send_several(self, calls: Sequence[Call[Any]]) -> list[Any]:
+        with self._client.pipeline(transaction=False) as pipe:
+            for call in calls:
+                script, operands = _command(call, None)
+                pipe.execute_command("EVALSHA", script.sha, *operands)
+            replies = pipe.execute(raise_on_error=False)
+        for number, reply in enumerate(replies):
+            if isinstance(reply, NoScriptError):
+                replies[number] = self._send(calls[number], None)
+            elif isinstance(reply, Exception):
+                raise reply
+        return list(replies)
+
     def _open(self) -> None:
         self._refuse_if_closed()
-        script, operands = _command(opening.open_store(self.keys), None)
+        script, operands = _command(opening.open_store(self.keyspace, self.settings), None)
         with self._client.pipeline(transaction=False) as pipe:
             pipe.execute_command("EVAL", script.text, *operands)
             pipe.execute_command(*opening.INFO)
@@ -276,11 +306,20 @@ class AsyncSessionStore(_Store, AsyncExecutor):
     async def execute(self, request: Request[T]) -> T:
         """Carry out a request, and those that follow from it."""
         result: T | Request[T] = request
-        while isinstance(result, (Call, Snapshot)):
+        while isinstance(result, REQUESTS):
             following: Request[T] = cast("Any", result)
             lane = self._lanes.take() if _is_write(following) else None
             result = await self._carry_out(following, lane)
         return result
+
+    async def drain(self, feed: Feed[T, C]) -> AsyncIterator[T]:
+        """Give a feed's items, reading a page when the one before has been given."""
+        cursor: C | None = feed.first
+        while cursor is not None:
+            page = await self.execute(feed.page(cursor))
+            for item in page.items:
+                yield item
+            cursor = page.cursor
 
     async def _carry_out(
         self, request: Request[T], lane: Lane | None, *, is_repeat: bool = False
@@ -312,15 +351,30 @@ class AsyncSessionStore(_Store, AsyncExecutor):
                     return await pipe.execute()
             except OutOfMemoryError:
                 return await self._send(request.instead, None)
+        if isinstance(request, Several):
+            return await self._send_several(request.calls)
         script, operands = _command(request, lane)
         try:
             return await self._client.execute_command("EVALSHA", script.sha, *operands)
         except NoScriptError:
             return await self._client.execute_command("EVAL", script.text, *operands)
 
+    async def _send_several(self, calls: Sequence[Call[Any]]) -> list[Any]:
+        async with self._client.pipeline(transaction=False) as pipe:
+            for call in calls:
+                script, operands = _command(call, None)
+                pipe.execute_command("EVALSHA", script.sha, *operands)
+            replies = await pipe.execute(raise_on_error=False)
+        for number, reply in enumerate(replies):
+            if isinstance(reply, NoScriptError):
+                replies[number] = await self._send(calls[number], None)
+            elif isinstance(reply, Exception):
+                raise reply
+        return list(replies)
+
     async def _open(self) -> None:
         self._refuse_if_closed()
-        script, operands = _command(opening.open_store(self.keys), None)
+        script, operands = _command(opening.open_store(self.keyspace, self.settings), None)
         async with self._client.pipeline(transaction=False) as pipe:
             pipe.execute_command("EVAL", script.text, *operands)
             pipe.execute_command(*opening.INFO)

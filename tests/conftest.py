@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 from uuid import uuid4
 
@@ -100,9 +100,24 @@ class Awaiting:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.store, name)
-        if not inspect.iscoroutinefunction(value):
-            return value
-        return lambda *args, **kwargs: self._runner.run(value(*args, **kwargs))
+        if inspect.iscoroutinefunction(value):
+            return lambda *args, **kwargs: self._runner.run(value(*args, **kwargs))
+        if inspect.isroutine(value):
+            return lambda *args, **kwargs: self._blocking(value(*args, **kwargs))
+        return value
+
+    def _blocking(self, result: Any) -> Any:
+        return self._iterate(result) if isinstance(result, AsyncIterator) else result
+
+    def _iterate(self, iterator: AsyncIterator[Any]) -> Iterator[Any]:
+        async def following() -> Any:
+            return await anext(iterator)
+
+        while True:
+            try:
+                yield self._runner.run(following())
+            except StopAsyncIteration:
+                return
 
 
 class World:

@@ -42,6 +42,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "get_sessions_by_type": {"type": "claude"},
     "get_metrics": {},
     "find_sessions": {},
+    "iter_sessions": {},
     "read_output": {"session_id": ID},
     "read_errors": {"session_id": ID},
     "update_metadata": {"session_id": ID, "metadata": {"branch": "main"}},
@@ -198,6 +199,16 @@ BAD: dict[str, dict[str, list[tuple[Any, str]]]] = {
         "limit": LIMIT,
         "tail": TAIL,
     },
+    "iter_sessions": {
+        "type": TYPE,
+        "status": STATUSES,
+        "task_id": OPTIONAL_ID,
+        "mcp_session_id": OPTIONAL_ID,
+        "service_session_id": OPTIONAL_ID,
+        "owner": OPTIONAL_ID,
+        "idle_for": SECONDS,
+        "tail": TAIL,
+    },
     "read_output": _READ,
     "read_errors": _READ,
     "update_metadata": {
@@ -266,7 +277,7 @@ def test_each_argument_of_each_operation_has_its_refusals() -> None:
 def test_a_good_call_is_sent(unreachable: Any, method: str) -> None:
     """The control: here it fails because nobody listens."""
     with pytest.raises(redis.RedisError):
-        call(unreachable, method, dict(GOOD[method]))
+        list(call(unreachable, method, dict(GOOD[method])))  # an iterator asks when it is asked
 
 
 def test_a_refusal_is_a_value_error_and_an_error_of_the_store(unreachable: Any) -> None:

@@ -34,6 +34,7 @@ DEFAULTS = {
     "buffer_bytes": 8 * 1024 * 1024,
     "chunk_limit": 1024 * 1024,
     "types": None,
+    "partitions": 1,
     "deadline": 10.0,
     "max_connections": 50,
     "allow_eviction": False,
@@ -46,6 +47,7 @@ OTHERS: dict[str, tuple[str, Any]] = {
     "buffer_bytes": ("1000", 1000),
     "chunk_limit": ("1", 1),
     "types": ("claude, codex", frozenset({"claude", "codex"})),
+    "partitions": ("16", 16),
     "deadline": ("2.5", 2.5),
     "max_connections": ("1", 1),
     "allow_eviction": ("true", True),
@@ -68,6 +70,9 @@ BAD: list[tuple[str, Any]] = [
     ("chunk_limit", 64 * 1024 * 1024 + 1),
     ("types", 5),
     ("types", [5]),
+    ("partitions", 0),
+    ("partitions", 2),
+    ("partitions", "many"),
     ("deadline", 0),
     ("deadline", -1),
     ("deadline", 61),
@@ -257,7 +262,7 @@ def test_a_namespace_of_another_layout_is_not_touched(
 ) -> None:
     world.redis.hset(f"{world.prefix}meta", mapping=meta)
     for _ in range(2):  # refused each time, not just the first
-        with pytest.raises(SchemaMismatchError, match="this version"):
+        with pytest.raises(SchemaMismatchError, match="this store"):
             store.create_session("claude", "s", "/src")
         with pytest.raises(SchemaMismatchError):
             store.get_metrics()

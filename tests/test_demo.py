@@ -156,7 +156,7 @@ class TestVerifyItself:
             store.update_metadata(session.id, {"exit_code": "0"})
             store.update_status(session.id, "terminated")
             (tmp_path / f"{session.id}.1").write_text("one\ntwo\n")
-            output = store.keys.output(session.id)
+            output = store.keyspace.all[0].output(session.id)
             match damage:
                 case "swapped":
                     client.lset(output, 0, "two")
@@ -166,9 +166,9 @@ class TestVerifyItself:
                 case "doubled":
                     client.rpush(output, "two")
                 case "index":
-                    client.srem(store.keys.by_type("claude"), session.id)
+                    client.srem(store.keyspace.all[0].by_type("claude"), session.id)
                 case "stale":
-                    client.sadd(store.keys.by_status("busy"), session.id)
+                    client.sadd(store.keyspace.all[0].by_status("busy"), session.id)
             try:
                 return verify(server.url, namespace, tmp_path, {session.id: 0}).problems
             finally:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis.crc import key_slot
 
-from sessionstore.keys import Keys, new_session_id
+from sessionstore.keys import PARTITIONS, Keys, Keyspace, new_session_id
 from sessionstore.testing import memory_store
 
 KEYS = Keys("agents")
@@ -20,7 +20,7 @@ texts = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_
 
 def every_key(keys: Keys, text: str) -> list[str]:
     """A key of each kind; ``text`` is whatever a caller may put into it."""
-    fixed = [keys.meta, keys.sessions, keys.types, keys.activity, keys.ended, keys.leases]
+    fixed = [keys.sessions, keys.types, keys.activity, keys.ended, keys.leases]
     of_text = [
         keys.session, keys.output, keys.errors, keys.by_type, keys.by_status, keys.by_service,
         keys.by_task, keys.by_mcp, keys.by_owner, keys.lane,
@@ -30,7 +30,6 @@ def every_key(keys: Keys, text: str) -> list[str]:
 
 def test_the_names_are_those_of_the_design() -> None:
     assert every_key(KEYS, "x") == [
-        "{agents}:meta",
         "{agents}:sessions",
         "{agents}:types",
         "{agents}:activity",
@@ -71,6 +70,46 @@ def test_what_is_asked_for_as_a_session_never_names_another_key(asked: str, othe
 def test_a_session_id_cannot_reach_a_buffer() -> None:
     for reaching in (f"{ID}:output", f"{ID}:errors"):
         assert KEYS.session(reaching) not in {KEYS.output(ID), KEYS.errors(ID)}
+
+
+# ---- Partitions ----------------------------------------------------------------------------
+
+
+def test_the_names_of_partitions() -> None:
+    assert Keyspace("agents", 1).all[0].sessions == "{agents}:sessions"
+    assert Keyspace("agents", 16).all[10].sessions == "{agents/aa}:sessions"
+    assert Keyspace("agents", 256).all[10].sessions == "{agents/0a}:sessions"
+
+
+@pytest.mark.parametrize("partitions", PARTITIONS)
+def test_each_partition_has_keys_of_its_own(partitions: int) -> None:
+    keyspace = Keyspace("agents", partitions)
+    assert len({keys.prefix for keys in keyspace.all}) == partitions
+    assert keyspace.meta == "{agents}:meta"
+
+
+@pytest.mark.parametrize("partitions", PARTITIONS)
+@given(service_session_id=texts)
+def test_both_ids_of_a_session_tell_the_same_partition(
+    partitions: int, service_session_id: str
+) -> None:
+    keyspace = Keyspace("agents", partitions)
+    session_id = new_session_id("claude", service_session_id)
+    assert keyspace.of_session(session_id) is keyspace.of_service(service_session_id)
+
+
+@pytest.mark.parametrize("partitions", PARTITIONS)
+@given(asked=texts)
+def test_whatever_is_asked_for_is_in_a_partition(partitions: int, asked: str) -> None:
+    keyspace = Keyspace("agents", partitions)
+    assert keyspace.of_session(asked) in keyspace.all
+
+
+@pytest.mark.parametrize("partitions", PARTITIONS)
+def test_all_partitions_are_used(partitions: int) -> None:
+    keyspace = Keyspace("agents", partitions)
+    used = {keyspace.of_service(f"service-{n}").prefix for n in range(5000)}
+    assert len(used) == partitions
 
 
 # ---- Ids ---------------------------------------------------------------------------------------

@@ -405,7 +405,7 @@ class FullServer:
         self.raw.config_set("maxmemory", 1)
 
     def contents(self) -> dict[bytes, bytes]:
-        return contents(self.raw, self.store.keys.prefix)
+        return contents(self.raw, self.store.keyspace.all[0].prefix)
 
     def close(self) -> None:
         self.raw.config_set("maxmemory", 0)
@@ -465,7 +465,7 @@ def test_everything_can_be_read_at_full_memory(own_server: PrivateServer, style:
 def test_a_session_can_be_deleted_at_full_memory(full: FullServer) -> None:
     assert full.store.delete_session(full.session_id) is True
 
-    prefix = full.store.keys.prefix
+    prefix = full.store.keyspace.all[0].prefix
     assert set(full.contents()) == {f"{prefix}{name}".encode() for name in ("meta", "events")}
 
 
@@ -508,7 +508,7 @@ def test_a_refusal_is_given_and_remembered_at_full_memory(full: FullServer, name
     with pytest.raises(error) as caught:
         call(full.store, full.session_id)
 
-    (lane,) = full.raw.scan_iter(f"{full.store.keys.prefix}lane:*")
+    (lane,) = full.raw.scan_iter(f"{full.store.keyspace.all[0].prefix}lane:*")
     assert f" {getattr(caught.value, 'code', None)} ".encode() in full.raw.get(lane)
 
 

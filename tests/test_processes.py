@@ -73,7 +73,7 @@ def appends(url: str, namespace: str, naive: bool) -> Any:
                 text = f"writer-{number} {line}"
                 if naive:
                     buffer = [*store.get_session(shared).output_buffer, text]
-                    key = store.keys.output(shared)
+                    key = store.keyspace.of_session(shared).output(shared)
                     client = redis.Redis.from_url(url)
                     with client.pipeline() as pipe:
                         pipe.delete(key).rpush(key, *buffer).execute()
@@ -180,7 +180,7 @@ def churn(url: str, namespace: str, worker: int, naive: bool, begun: int) -> Non
 
 def create_naively(store: SessionStore, client: redis.Redis, service: str) -> str:
     """One command after the other."""
-    session_id, keys = f"agent_claude_{uuid4()}", store.keys
+    session_id, keys = f"agent_claude_{uuid4()}", store.keyspace.all[0]
     fields = {
         "id": session_id,
         "type": "claude",

@@ -8,18 +8,20 @@
 -- KEYS    1 sessions  2 activity  3 ended  4… index sets, filter after filter
 -- ARGV    1 prefix of all keys  2 order: 'created' or '-last_activity'
 --         3 score and 4 id of the last session seen, both '' for the first page
---         5 most rows  6 tail: newest entries of each buffer, -1 = all
---         7 idle for at least this many µs, '' = no such filter
---         8… for each filter, how many index sets it has; a match is in one of them
+--         5 most rows  6 most bytes of buffers in all, roughly
+--         7 tail: newest entries of each buffer, -1 = all
+--         8 idle for at least this many µs, '' = no such filter
+--         9… for each filter, how many index sets it has; a match is in one of them
 -- Returns TIME; score and id to go on from, '' at the end; the id of a session that is too large
---         for a page and must be read alone, or ''; the rows
+--         for a page and must be read alone, or ''; the rows, each {score, hash fields, output
+--         entries, error entries}
 --- @include clock, rows
 local sessions, activity, ended = KEYS[1], KEYS[2], KEYS[3]
 local prefix, by_creation = ARGV[1], ARGV[2] == 'created'
 local seen = ARGV[3] ~= '' and {score = tonumber(ARGV[3]), id = ARGV[4]} or nil
-local most_rows, tail = tonumber(ARGV[5]), tonumber(ARGV[6])
-local idle_until = ARGV[7] ~= '' and now_us - tonumber(ARGV[7]) or nil
-local FIRST_SET, FIRST_FILTER = 4, 8
+local most_rows, most_bytes, tail = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+local idle_until = ARGV[8] ~= '' and now_us - tonumber(ARGV[8]) or nil
+local FIRST_SET, FIRST_FILTER = 4, 9
 local MOST_WALKED = 1000
 
 -- A filter has size(), members() and holds(id).
@@ -164,7 +166,7 @@ local function matches(id)
   return true
 end
 
-local rows, room, last, too_large = {}, PAGE_BYTES, seen, ''
+local rows, room, last, too_large = {}, most_bytes, seen, ''
 for _, candidate in ipairs(candidates) do
   if #rows == most_rows or room <= 0 then
     more = true
@@ -173,6 +175,7 @@ for _, candidate in ipairs(candidates) do
   if matches(candidate.id) then
     local row, bytes = load_row(prefix, candidate.id, tail, room)
     if row then
+      table.insert(row, 1, integer(candidate.score))
       rows[#rows + 1], room = row, room - bytes
     else
       more = true

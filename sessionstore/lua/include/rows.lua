@@ -1,5 +1,4 @@
--- rows: sessions as rows of a page, at most about PAGE_BYTES of buffers in all.
-local PAGE_BYTES = 1048576
+-- rows: sessions as rows of a page.
 
 -- What the newest `tail` entries of a list weigh, by its average entry. -1 means all of them.
 local function expected_bytes(list, bytes, tail)
