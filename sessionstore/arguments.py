@@ -118,31 +118,34 @@ def chunks(
         raise InvalidArgumentError.of("chunks", "must be at least one")
     if len(values) > MAX_CHUNKS:
         raise InvalidArgumentError.of("chunks", f"are over {MAX_CHUNKS}: call again")
-    checked: list[str] = []
-    total = 0
-    for value in values:
-        if isinstance(value, str):
-            chunk = value
-        elif isinstance(value, (bytes, bytearray)):
-            chunk = bytes(value).decode(errors="replace")
-        else:
-            raise InvalidArgumentError.of(
-                "chunk", f"must be str or bytes, not {type(value).__name__}"
-            )
-        if redact is not None:
-            chunk = redact(chunk)
-            if not isinstance(chunk, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise InvalidArgumentError.of("redact", "must return a str")
-        size = len(chunk) if chunk.isascii() else len(_utf8("chunk", chunk))
-        if size > limit:
-            raise InvalidArgumentError.of("chunk", f"is {size} bytes, over the limit of {limit}")
-        total += size
-        checked.append(chunk)
-    if total > MAX_CALL_BYTES:
+    texts = [value if type(value) is str else _decoded(value) for value in values]
+    if redact is not None:
+        texts = [_redacted(redact(text)) for text in texts]
+    if "".join(texts).isascii():  # then a character is a byte
+        sizes = list(map(len, texts))
+    else:
+        sizes = [len(_utf8("chunk", text)) for text in texts]
+    if max(sizes) > limit:
+        raise InvalidArgumentError.of("chunk", f"is {max(sizes)} bytes, over the limit of {limit}")
+    if sum(sizes) > MAX_CALL_BYTES:
         raise InvalidArgumentError.of(
-            "chunks", f"are {total} bytes, over {MAX_CALL_BYTES}: send them in several calls"
+            "chunks", f"are {sum(sizes)} bytes, over {MAX_CALL_BYTES}: send them in several calls"
         )
-    return tuple(checked)
+    return tuple(texts)
+
+
+def _decoded(value: Any) -> str:
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, (bytes, bytearray)):
+        return bytes(value).decode(errors="replace")
+    raise InvalidArgumentError.of("chunk", f"must be str or bytes, not {type(value).__name__}")
+
+
+def _redacted(value: Any) -> str:
+    if not isinstance(value, str):
+        raise InvalidArgumentError.of("redact", f"must return a str, not {type(value).__name__}")
+    return value
 
 
 def metadata(value: Any) -> dict[str, str | None]:

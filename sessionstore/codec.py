@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,6 +20,7 @@ from sessionstore.models import STATUSES, AgentSession, BufferPage, SessionMetri
 logger = logging.getLogger("sessionstore")
 
 METADATA_PREFIX = "meta:"
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def text(value: Any) -> str:
@@ -36,27 +37,27 @@ def texts(values: Iterable[Any]) -> tuple[str, ...]:
     return tuple(map(_replaced, values))
 
 
-def _pairs(reply: Mapping[Any, Any] | Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+def _flat(reply: Mapping[Any, Any] | Sequence[Any]) -> Sequence[Any]:
+    """Names and values in turn, whether they came as one list or as a dict."""
     if isinstance(reply, Mapping):
-        return iter(reply.items())
-    values = iter(reply)
-    return zip(values, values, strict=True)
+        return [part for pair in reply.items() for part in pair]
+    return reply
 
 
 def hash_fields(reply: Mapping[Any, Any] | Sequence[Any]) -> dict[str, str]:
     """The fields of a hash, given as a dict or as one flat list."""
-    return {text(name): text(value) for name, value in _pairs(reply)}
+    parts = [part if isinstance(part, str) else part.decode() for part in _flat(reply)]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
 def moment(time: Sequence[Any]) -> datetime:
     """The reply of TIME: seconds and microseconds."""
-    seconds, microseconds = int(time[0]), int(time[1])
-    return datetime.fromtimestamp(seconds, UTC).replace(microsecond=microseconds)
+    return _EPOCH + timedelta(seconds=int(time[0]), microseconds=int(time[1]))
 
 
 def moment_of_us(microseconds: int) -> datetime:
     """A point in time given in microseconds since 1970."""
-    return moment(divmod(microseconds, 1_000_000))
+    return _EPOCH + timedelta(microseconds=microseconds)
 
 
 def done(reply: Any) -> str:
@@ -81,21 +82,19 @@ def session(
     """
     if not fields:
         return None
-    stored: dict[str, Any] = {}
     try:
-        metadata: dict[str, str] = {}
-        for name, value in hash_fields(fields).items():
-            if name.startswith(METADATA_PREFIX):
-                metadata[name[len(METADATA_PREFIX) :]] = value
-            else:
-                stored[name] = value
+        stored: dict[str, Any] = dict(hash_fields(fields))
+        stored["metadata"] = {
+            name[len(METADATA_PREFIX) :]: value
+            for name, value in stored.items()
+            if name.startswith(METADATA_PREFIX)
+        }
         stored["output_buffer"], stored["error_buffer"] = texts(output), texts(errors)
-        stored["metadata"], stored["read_at"] = metadata, read_at
+        stored["read_at"] = read_at
         return AgentSession.model_validate(stored)
     except (ValidationError, UnicodeDecodeError) as error:
-        session_id = next(
-            (_replaced(v) for name, v in _pairs(fields) if name in ("id", b"id")), None
-        )
+        parts = list(map(_replaced, _flat(fields)))
+        session_id = dict(zip(parts[::2], parts[1::2], strict=False)).get("id")
         raise _unreadable(session_id, error) from error
 
 
@@ -147,7 +146,7 @@ def metrics(replies: Iterable[Sequence[Any]]) -> SessionMetrics:
         total += int(sessions)
         for status, count in zip(STATUSES, counts, strict=True):
             by_status[status] += int(count)
-        for name, count in _pairs(types):
+        for name, count in zip(types[::2], types[1::2], strict=True):
             by_type[text(name)] += int(count)
     return SessionMetrics(
         total_sessions=total,

@@ -18,8 +18,8 @@ from sessionstore import codec
 from sessionstore._call import Call, Feed, Page, Request, Several, then
 from sessionstore.errors import InvalidArgumentError
 from sessionstore.keys import Keys
-from sessionstore.models import AgentSession, AgentSessionStatus
-from sessionstore.reading import in_pieces
+from sessionstore.models import LIVE_STATUSES, AgentSession, AgentSessionStatus
+from sessionstore.reading import in_pieces, whole
 
 logger = logging.getLogger("sessionstore")
 
@@ -228,3 +228,37 @@ def _walked(strand: Strand, reply: Any) -> Strand:
     return replace(
         strand, place=place, rows=tuple(found), finished=place is None, alone=codec.text(alone)
     )
+
+
+def earliest_of_service(
+    keys: Keys, service_session_id: str, *, live: bool, tail: int | None
+) -> Request[AgentSession | None]:
+    """The earliest created session of a service session; with ``live``, of those not ended."""
+
+    def by_listing() -> Request[AgentSession | None]:
+        status = LIVE_STATUSES if live else None
+        filters = Filters(service_session_id=service_session_id, status=status)
+        sessions = Listing((keys,), filters, limit=1, tail=tail).feed().collect()
+        return then(sessions, lambda found: found[0] if found else None)
+
+    def decode(reply: Any) -> AgentSession | Request[AgentSession | None] | None:
+        time, *found = reply
+        if not found:  # too many sessions for one script
+            return by_listing()
+        session_id, *rows = found
+        if not session_id:
+            return None
+        if not rows or not rows[0]:
+            alone = whole(keys, codec.text(session_id), tail)
+            return then(alone, lambda session: session or look_up)  # deleted meanwhile: again
+        fields, output, errors = rows[0]
+        session = codec.listed(fields, output, errors, codec.moment(time))
+        return session or by_listing()  # past one that cannot be read
+
+    look_up = Call(
+        "find_session_by_service_id",
+        keys=(keys.by_service(service_session_id), keys.sessions),
+        args=(keys.prefix, "1" if live else "", -1 if tail is None else tail, PAGE_BYTES),
+        decode=decode,
+    )
+    return look_up

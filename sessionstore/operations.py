@@ -10,7 +10,6 @@ First the twelve methods of the TypeScript original, under their own names; then
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any, Literal
 
 from sessionstore import arguments as check
@@ -19,9 +18,8 @@ from sessionstore._call import Call, Feed, Request, Several, then
 from sessionstore._operation import feed, operation
 from sessionstore.errors import SessionNotFoundError
 from sessionstore.keys import Keys, Keyspace, new_session_id
-from sessionstore.listing import CREATED, Filters, Listing, Order
+from sessionstore.listing import CREATED, Filters, Listing, Order, earliest_of_service
 from sessionstore.models import (
-    LIVE_STATUSES,
     STATUSES,
     AgentSession,
     AgentSessionStatus,
@@ -157,18 +155,8 @@ class SessionOperations:
             tail: as in ``get_session``.
             live: consider only sessions that have not ended.
         """
-        filters = Filters(
-            service_session_id=service_session_id, status=LIVE_STATUSES if live else None
-        )
-        listing = Listing(
-            (self.keyspace.of_service(service_session_id),),
-            filters,
-            limit=1,
-            tail=tail,
-            read_alone=partial(reading.whole, session=codec.listed),
-        )
-        sessions = listing.feed().collect()
-        return then(sessions, lambda found: found[0] if found else None)
+        keys = self.keyspace.of_service(check.text("service_session_id", service_session_id))
+        return earliest_of_service(keys, service_session_id, live=live, tail=check.tail(tail))
 
     @operation
     def update_status(
