@@ -98,11 +98,10 @@ class Feed(Generic[T, C]):
 
     def collect(self) -> Request[list[T]]:
         """All items, page after page."""
-        return self._collect([], self.first)
+        items: list[T] = []
 
-    def _collect(self, before: list[T], cursor: C) -> Request[list[T]]:
         def more(page: Page[T, C]) -> list[T] | Request[list[T]]:
-            items = [*before, *page.items] if before else list(page.items)
-            return items if page.cursor is None else self._collect(items, page.cursor)
+            items.extend(page.items)
+            return items if page.cursor is None else then(self.page(page.cursor), more)
 
-        return then(self.page(cursor), more)
+        return then(self.page(self.first), more)

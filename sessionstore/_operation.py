@@ -16,7 +16,6 @@ from typing import (
     Concatenate,
     Generic,
     ParamSpec,
-    Self,
     TypeVar,
     get_args,
     get_origin,
@@ -62,19 +61,42 @@ class _Shown:
         self.__name__ = build.__name__
         self.__wrapped__ = build
 
-    def _show(
-        self, bound: Any, store: SyncExecutor | AsyncExecutor, returns: Callable[[Any], Any]
-    ) -> None:
-        functools.update_wrapper(bound, self.__wrapped__)
+    def __get__(self, store: Any, owner: Any) -> Any:
+        raise NotImplementedError  # each decorator has its own; none looks at the owner
+
+    @functools.cached_property
+    def _unbound(self) -> Callable[..., Any]:
+        """The method as the class shows it: for ``help``, for mocks, for ``SessionStore.ping``."""
+
+        def method(store: Any, *args: Any, **kwargs: Any) -> Any:
+            return self.__get__(store, SyncExecutor)(*args, **kwargs)
+
+        self._dress(method, lambda result: result)
+        return method
+
+    def _dress(self, method: Any, returns: Callable[[Any], Any]) -> None:
+        """Give the method the builder's name and text, and an honest signature.
+
+        It has neither ``self`` (mocks made from the class count on that) nor a request in it.
+        """
+        functools.update_wrapper(method, self.__wrapped__)
         signature = inspect.signature(self.__wrapped__, eval_str=True)
-        result = _first_argument(signature.return_annotation)
         _, *parameters = signature.parameters.values()
-        # An honest one: without `self`, returning the result and not the request.
-        bound.__signature__ = signature.replace(
-            parameters=parameters, return_annotation=returns(result)
+        method.__signature__ = signature.replace(
+            parameters=parameters,
+            return_annotation=returns(_first_argument(signature.return_annotation)),
         )
-        # Found there from now on, without passing here again.
-        store.__dict__[self.__name__] = bound
+
+    def _show(
+        self,
+        method: Any,
+        store: SyncExecutor | AsyncExecutor,
+        returns: Callable[[Any], Any] = lambda result: result,
+    ) -> None:
+        self._dress(method, returns)
+        if inspect.getattr_static(type(store), self.__name__, None) is self:
+            # Found there from now on, without passing here again. Not if a subclass overrides it.
+            store.__dict__[self.__name__] = method
 
 
 def _first_argument(annotation: Any) -> Any:
@@ -91,16 +113,16 @@ class operation(_Shown, Generic[P, T]):  # noqa: N801  a decorator
         self.build = build
 
     @overload
-    def __get__(self, store: None, owner: type) -> Self: ...
+    def __get__(self, store: None, owner: type) -> Callable[..., Any]: ...
     @overload
     def __get__(self, store: SyncExecutor, owner: type) -> Callable[P, T]: ...
     @overload
     def __get__(self, store: AsyncExecutor, owner: type) -> Callable[P, Coroutine[Any, Any, T]]: ...
     def __get__(
         self, store: SyncExecutor | AsyncExecutor | None, owner: type
-    ) -> Self | Callable[P, T] | Callable[P, Coroutine[Any, Any, T]]:
+    ) -> Callable[..., Any] | Callable[P, T] | Callable[P, Coroutine[Any, Any, T]]:
         if store is None:
-            return self
+            return self._unbound
         build = self.build
         bound: Callable[P, T] | Callable[P, Coroutine[Any, Any, T]]
         if isinstance(store, AsyncExecutor):
@@ -117,7 +139,7 @@ class operation(_Shown, Generic[P, T]):  # noqa: N801  a decorator
                 return run_sync(build(store, *args, **kwargs))
 
             bound = call_sync
-        self._show(bound, store, lambda result: result)
+        self._show(bound, store)
         return bound
 
 
@@ -129,16 +151,16 @@ class feed(_Shown, Generic[P, T]):  # noqa: N801  a decorator
         self.build = build
 
     @overload
-    def __get__(self, store: None, owner: type) -> Self: ...
+    def __get__(self, store: None, owner: type) -> Callable[..., Any]: ...
     @overload
     def __get__(self, store: SyncExecutor, owner: type) -> Callable[P, Iterator[T]]: ...
     @overload
     def __get__(self, store: AsyncExecutor, owner: type) -> Callable[P, AsyncIterator[T]]: ...
     def __get__(
         self, store: SyncExecutor | AsyncExecutor | None, owner: type
-    ) -> Self | Callable[P, Iterator[T]] | Callable[P, AsyncIterator[T]]:
+    ) -> Callable[..., Any] | Callable[P, Iterator[T]] | Callable[P, AsyncIterator[T]]:
         if store is None:
-            return self
+            return self._unbound
         build, drain = self.build, store.drain
 
         def iterate(*args: P.args, **kwargs: P.kwargs) -> Any:

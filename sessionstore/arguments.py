@@ -1,6 +1,8 @@
 """What the public arguments may be.
 
-Everything is checked before anything is sent, and a refusal names the argument and the rule.
+Everything is checked before anything is sent, and a refusal names the argument and the rule. A
+check returns the value to go on with: an exact ``str``, where the caller may have given a member
+of an enumeration, which formats as something else.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from sessionstore.errors import InvalidArgumentError, UnknownSessionTypeError
-from sessionstore.models import STATUSES
+from sessionstore.models import STATUSES, AgentSessionStatus
 from sessionstore.settings import TYPE_PATTERN
 
 MAX_ID_LENGTH = 512  # characters
@@ -46,7 +48,11 @@ def text(name: str, value: Any, longest: int = MAX_ID_LENGTH) -> str:
     if _CONTROL.search(value):
         raise InvalidArgumentError.of(name, f"has a control character: {value[:80]!r}")
     _utf8(name, value)
-    return value
+    return _exact(value)
+
+
+def _exact(value: str) -> str:
+    return str.__str__(value)
 
 
 def session_type(value: Any, accepted: frozenset[str] | None) -> str:
@@ -59,28 +65,27 @@ def session_type(value: Any, accepted: frozenset[str] | None) -> str:
         )
         error.argument = "type"
         raise error
-    return value
+    return _exact(value)
 
 
-def status(name: str, value: Any) -> str:
+def status(name: str, value: Any) -> AgentSessionStatus:
     """A session's status."""
-    if value not in STATUSES:
-        raise InvalidArgumentError.of(
-            name, f"must be one of {', '.join(STATUSES)}, not {value!r:.80}"
-        )
-    return str(value)
+    for known in STATUSES:
+        if value == known:
+            return known
+    raise InvalidArgumentError.of(name, f"must be one of {', '.join(STATUSES)}, not {value!r:.80}")
 
 
-def statuses(name: str, value: Any) -> tuple[str, ...]:
+def statuses(name: str, value: Any) -> tuple[AgentSessionStatus, ...]:
     """One status or several."""
     several: Iterable[Any] = (value,) if isinstance(value, str) else value
     try:
-        checked = tuple(dict.fromkeys(status(name, one) for one in several))
+        checked: dict[AgentSessionStatus, None] = {status(name, one): None for one in several}
     except TypeError:
         raise InvalidArgumentError.of(name, "must be a status or several") from None
     if not checked:
         raise InvalidArgumentError.of(name, "must name at least one status")
-    return checked
+    return tuple(checked)
 
 
 def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
@@ -136,7 +141,7 @@ def chunks(
 
 def _decoded(value: Any) -> str:
     if isinstance(value, str):
-        return str(value)
+        return _exact(value)
     if isinstance(value, (bytes, bytearray)):
         return bytes(value).decode(errors="replace")
     raise InvalidArgumentError.of("chunk", f"must be str or bytes, not {type(value).__name__}")
@@ -145,7 +150,7 @@ def _decoded(value: Any) -> str:
 def _redacted(value: Any) -> str:
     if not isinstance(value, str):
         raise InvalidArgumentError.of("redact", f"must return a str, not {type(value).__name__}")
-    return value
+    return _exact(value)
 
 
 def metadata(value: Any) -> dict[str, str | None]:
@@ -167,5 +172,5 @@ def metadata(value: Any) -> dict[str, str | None]:
                 raise InvalidArgumentError.of(
                     f"metadata {name!r}", f"is over {MAX_METADATA_BYTES} bytes"
                 )
-        checked[name] = content
+        checked[_exact(name)] = None if content is None else _exact(content)
     return checked

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sessionstore.errors import UnreadableSessionError, refusal
-from sessionstore.models import STATUSES, AgentSession, BufferPage, SessionMetrics
+from sessionstore.models import ENDED_STATUSES, STATUSES, AgentSession, BufferPage, SessionMetrics
 
 logger = logging.getLogger("sessionstore")
 
@@ -134,7 +134,7 @@ def buffer_page(cursor: int, reply: Sequence[Any]) -> BufferPage | None:
         cursor=end,
         dropped=max(0, int(oldest) - cursor),
         lost=max(0, cursor - int(total)),
-        ended=text(status) in ("terminated", "error") and end == int(total),
+        ended=text(status) in ENDED_STATUSES and end == int(total),
     )
 
 

@@ -68,24 +68,26 @@ class SessionOperations:
             UnknownSessionTypeError: the store accepts only other types.
             InvalidArgumentError: another argument breaks its rule.
         """
-        check.session_type(type, self.settings.types)
+        type = check.session_type(type, self.settings.types)
+        service_session_id = check.text("service_session_id", service_session_id)
+        status = check.status("status", status)
         fields = {
-            "service_session_id": check.text("service_session_id", service_session_id),
+            "service_session_id": service_session_id,
             "project_path": check.text("project_path", project_path, check.MAX_PATH_LENGTH),
         }
         session_id = new_session_id(type, service_session_id)
         keys = self.keyspace.of_session(session_id)
         indexes = [
             keys.by_type(type),
-            keys.by_status(check.status("status", status)),
+            keys.by_status(status),
             keys.by_service(service_session_id),
         ]
         if task_id is not None:
             fields["task_id"] = check.text("task_id", task_id)
-            indexes.append(keys.by_task(task_id))
+            indexes.append(keys.by_task(fields["task_id"]))
         if mcp_session_id is not None:
             fields["mcp_session_id"] = check.text("mcp_session_id", mcp_session_id)
-            indexes.append(keys.by_mcp(mcp_session_id))
+            indexes.append(keys.by_mcp(fields["mcp_session_id"]))
         noted = {name: v for name, v in check.metadata(metadata or {}).items() if v is not None}
 
         def decode(reply: Any) -> AgentSession:
@@ -155,7 +157,8 @@ class SessionOperations:
             tail: as in ``get_session``.
             live: consider only sessions that have not ended.
         """
-        keys = self.keyspace.of_service(check.text("service_session_id", service_session_id))
+        service_session_id = check.text("service_session_id", service_session_id)
+        keys = self.keyspace.of_service(service_session_id)
         return earliest_of_service(keys, service_session_id, live=live, tail=check.tail(tail))
 
     @operation
@@ -177,7 +180,8 @@ class SessionOperations:
             SessionNotFoundError: there is no such session.
             SessionStatusError: its status is not among ``expected``; nothing was changed.
         """
-        keys = self._keys_of(session_id)
+        keys, session_id = self._locate(session_id)
+        status = check.status("status", status)
         return Call(
             "update_status",
             keys=(
@@ -185,7 +189,7 @@ class SessionOperations:
                 keys.activity,
                 keys.ended,
                 keys.events,
-                keys.by_status(check.status("status", status)),
+                keys.by_status(status),
             ),
             args=(
                 session_id,
@@ -204,7 +208,7 @@ class SessionOperations:
         Raises:
             SessionNotFoundError: there is no such session.
         """
-        keys = self._keys_of(session_id)
+        keys, session_id = self._locate(session_id)
         return Call(
             "update_activity",
             keys=(keys.session(session_id), keys.activity),
@@ -242,7 +246,7 @@ class SessionOperations:
         Returns:
             True if it was deleted, False if there was no such session.
         """
-        keys = self._keys_of(session_id)
+        keys, session_id = self._locate(session_id)
         return Call(
             "delete_session",
             keys=(
@@ -315,7 +319,8 @@ class SessionOperations:
             owner: held by this worker.
             idle_for: without activity for at least so many seconds; of ended sessions, ended
                 for at least so long.
-            order: ``created``, or ``-last_activity`` for the latest active first.
+            order: ``created``, or ``-last_activity`` for the latest active first, ended sessions
+                by when they ended.
             limit: at most so many.
             tail: as in ``get_session``; buffers are not loaded unless asked for.
         """
@@ -388,7 +393,7 @@ class SessionOperations:
             SessionNotFoundError: there is no such session.
             MetadataLimitError: it would have too many names; nothing was changed.
         """
-        keys = self._keys_of(session_id)
+        keys, session_id = self._locate(session_id)
         checked = check.metadata(metadata)
         to_set = {name: value for name, value in checked.items() if value is not None}
         return Call(
@@ -412,13 +417,14 @@ class SessionOperations:
 
     # ---- What several of them share -------------------------------------------------------
 
-    def _keys_of(self, session_id: str) -> Keys:
-        """The keys of the partition that a session is in."""
-        return self.keyspace.of_session(check.text("session_id", session_id))
+    def _locate(self, session_id: str) -> tuple[Keys, str]:
+        """The keys of the partition that a session is in, and its id, checked."""
+        session_id = check.text("session_id", session_id)
+        return self.keyspace.of_session(session_id), session_id
 
     def _read(self, session_id: str, tail: int | None) -> Request[AgentSession | None]:
         """One session, whole or with the newest entries of its buffers."""
-        keys = self._keys_of(session_id)
+        keys, session_id = self._locate(session_id)
         if check.tail(tail) == 0:
             return reading.without_buffers(keys, session_id)
         return reading.whole(keys, session_id, tail)
@@ -429,16 +435,16 @@ class SessionOperations:
         session_id: str,
         chunks: tuple[str | bytes, ...],
     ) -> Call[int]:
-        keys, settings = self._keys_of(session_id), self.settings
+        keys, session_id = self._locate(session_id)
         buffer = keys.output if script == "add_output" else keys.errors
         return Call(
             script,
             keys=(keys.session(session_id), buffer(session_id), keys.activity),
             args=(
                 session_id,
-                settings.buffer_limit,
-                settings.buffer_bytes,
-                *check.chunks(chunks, self.redact, settings.chunk_limit),
+                self.settings.buffer_limit,
+                self.settings.buffer_bytes,
+                *check.chunks(chunks, self.redact, self.settings.chunk_limit),
             ),
             decode=lambda reply: int(codec.done(reply)),
             lane=keys.lane,
@@ -452,7 +458,7 @@ class SessionOperations:
                 raise SessionNotFoundError.from_details({"session_id": session_id})
             return page
 
-        keys = self._keys_of(session_id)
+        keys, session_id = self._locate(session_id)
         check.whole("cursor", cursor, 0)
         check.whole("limit", limit, 1, reading.MOST_ENTRIES)
         return then(reading.buffer_page(keys, session_id, buffer, cursor, limit), found)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar, Unpack, cast
 
@@ -305,12 +306,22 @@ class AsyncSessionStore(_Store, AsyncExecutor):
 
     async def execute(self, request: Request[T]) -> T:
         """Carry out a request, and those that follow from it."""
+        self._refuse_other_loop()
         result: T | Request[T] = request
         while isinstance(result, REQUESTS):
             following: Request[T] = cast("Any", result)
             lane = self._lanes.take() if _is_write(following) else None
             result = await self._carry_out(following, lane)
         return result
+
+    def _refuse_other_loop(self) -> None:
+        """The loop of the first call is the store's: its connections cannot be used on another."""
+        loop = asyncio.get_running_loop()
+        # One step, so that of two loops in two threads only one can be first.
+        if vars(self).setdefault("_loop", loop) is not loop:
+            raise SessionStoreError(
+                "this store belongs to another event loop; make one store per loop"
+            )
 
     async def drain(self, feed: Feed[T, C]) -> AsyncIterator[T]:
         """Give a feed's items, reading a page when the one before has been given."""
@@ -382,6 +393,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
 
     async def repeat(self, error: OutcomeUnknownError) -> Any:
         """Send a write of unknown outcome again; see ``SessionStore.repeat``."""
+        self._refuse_other_loop()
         pending = self._take_pending(error)
         try:
             return await self._carry_out(pending.request, pending.lane, is_repeat=True)
@@ -395,7 +407,8 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         """Close the connections that the store has opened."""
         self._closed, self._checked = True, False
         if self._own_client:
-            await self._client.aclose()
+            with suppress(RuntimeError):  # redis-py's, if the loop of the store has ended
+                await self._client.aclose()
 
     async def __aenter__(self) -> Self:
         return self

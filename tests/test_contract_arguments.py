@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Iterator
+from enum import Enum
 from typing import Any
 
 import pytest
@@ -363,3 +364,29 @@ def test_every_good_call_works_on_a_server(store: Any) -> None:
         if method != "delete_session":
             own = {"session_id": session_id} if "session_id" in arguments else {}
             call(store, method, arguments | own)
+
+
+class Status(str, Enum):  # noqa: UP042  formats otherwise than a StrEnum
+    """What callers may have: it formats as ``Status.BUSY``."""
+
+    ACTIVE = "active"
+    BUSY = "busy"
+
+
+class Name(str, Enum):  # noqa: UP042
+    CLAUDE = "claude"
+    SERVICE = "service-1"
+
+
+def test_members_of_enumerations_are_taken_as_the_strings_they_are(store: Any) -> None:
+    session = store.create_session(
+        Name.CLAUDE, Name.SERVICE, "/src", Name.SERVICE, Name.SERVICE, status=Status.ACTIVE
+    )
+    store.update_status(session.id, Status.BUSY, expected=Status.ACTIVE)
+    store.update_metadata(session.id, {Name.CLAUDE: Name.SERVICE})
+    assert session.id.startswith("agent_claude_")
+    assert store.get_metrics().sessions_by_type == {"claude": 1}
+    assert store.get_metrics().busy_sessions == 1
+    for filters in ({"status": Status.BUSY}, {"type": Name.CLAUDE}, {"task_id": Name.SERVICE}):
+        (found,) = store.find_sessions(**filters)
+        assert (found.status, found.metadata) == ("busy", {"claude": "service-1"})

@@ -26,7 +26,7 @@ COMMANDS = """
 echo one; echo two
 echo oops >&2; exit 3
 printf 'no end'
-seq 1 12000
+cat; seq 1 12000
 """
 
 
@@ -100,15 +100,15 @@ def test_keep_leaves_a_server_that_the_printed_lines_work_with(commands: Path) -
         code = re.search(r"<<'PYTHON'\n(.*)\nPYTHON", done.stdout, re.DOTALL)
         assert url
         assert code
-        environment = {**os.environ, "SESSIONSTORE_URL": url[1]}
+        assert len(code[1].splitlines()) == 5
+        # Pasted into a shell that knows nothing of the virtual environment.
+        lines = done.stdout[done.stdout.index("export SESSIONSTORE_URL") :]
         pasted = subprocess.run(
-            [sys.executable, "-c", code[1]], env=environment, capture_output=True, text=True
+            ["sh", "-ec", lines], env={"PATH": os.defpath}, capture_output=True, text=True
         )
         assert pasted.returncode == 0, pasted.stderr
-        assert "total_sessions=4" in pasted.stdout
-        assert len(code[1].splitlines()) == 5
-        listed = subprocess.run([PROGRAM, "ls"], env=environment, capture_output=True, text=True)
-        assert len(listed.stdout.splitlines()) == 1 + 4
+        assert len([line for line in pasted.stdout.splitlines() if line[:6] == "agent_"]) >= 4
+        assert "total_sessions=5" in pasted.stdout  # with the one that the lines run
     finally:
         os.kill(int(pid[1]), signal.SIGTERM)
     until(lambda: not is_listening(port_of(done.stdout)))
@@ -167,6 +167,8 @@ class TestVerifyItself:
                     client.rpush(output, "two")
                 case "index":
                     client.srem(store.keyspace.all[0].by_type("claude"), session.id)
+                case "cut":
+                    (tmp_path / f"{session.id}.1").write_text("one\n" + "two" * 50_000 + "\n")
                 case "stale":
                     client.sadd(store.keyspace.all[0].by_status("busy"), session.id)
             try:
@@ -181,6 +183,6 @@ class TestVerifyItself:
     ) -> None:
         assert self.findings(server, tmp_path, "none") == []
 
-    @pytest.mark.parametrize("damage", ["swapped", "lost", "doubled", "index", "stale"])
+    @pytest.mark.parametrize("damage", ["swapped", "lost", "doubled", "index", "stale", "cut"])
     def test_damage_is_found(self, server: PrivateServer, tmp_path: Path, damage: str) -> None:
         assert self.findings(server, tmp_path, damage) != []

@@ -229,6 +229,65 @@ def test_a_session_deleted_meanwhile_does_not_end_the_command(runner: Runner) ->
     assert runner.store.get_all_sessions() == []
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&-", "<&- >&- 2>&-"])
+def test_output_never_reaches_the_server_as_commands(runner: Runner, closed: str) -> None:
+    """A closed stdout's number would be taken by the connection to the server."""
+    canary = f"canary-{uuid4().hex}"
+    child = f"printf 'SET {canary} 1\\r\\n'; printf 'SET {canary} 2\\r\\n' >&2"
+    command = f'exec {PROGRAM} run --type claude -- sh -c "{child}" {closed}'
+    done = subprocess.run(["sh", "-c", command], env=runner.environment, timeout=30)
+    assert done.returncode == 0
+    assert runner.redis.get(canary) is None
+    assert runner.session().output_buffer == (f"SET {canary} 1\r",)
+    assert runner.session().error_buffer == (f"SET {canary} 2\r",)
+
+
+def test_a_small_chunk_limit_splits_lines_and_loses_none(runner: Runner) -> None:
+    runner.environment["SESSIONSTORE_CHUNK_LIMIT"] = "100"
+    runner.run(*python("print('short'); print('é' * 200); print('after')"))
+    session = runner.session()
+    assert "".join(session.output_buffer) == "short" + "é" * 200 + "after"
+    assert session.status == "terminated"
+
+
+def test_metadata_without_room_for_runs_own_is_refused_before_the_command(
+    runner: Runner, tmp_path: Path
+) -> None:
+    mark = tmp_path / "mark"
+    names = [part for n in range(60) for part in ("--meta", f"n{n}=x")]
+    process = runner.start(*names, "--", "touch", str(mark))
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert b"exit_code" in err
+    assert not mark.exists()
+
+
+def test_full_memory_for_a_while_loses_nothing(own_server: PrivateServer) -> None:
+    runner = Runner(own_server)
+    process = runner.start("--", "sh", "-c", "echo a; read go; echo b", stdin=subprocess.PIPE)
+    until(lambda: [s for s in runner.store.get_all_sessions() if s.output_buffer])
+    runner.redis.config_set("maxmemory", 1)
+    assert process.stdin is not None
+    process.stdin.write(b"go\n")
+    process.stdin.flush()
+    assert process.stderr is not None
+    assert b"takes nothing now" in process.stderr.readline()
+    runner.redis.config_set("maxmemory", 0)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert runner.session().output_buffer == ("a", "b")
+    assert runner.session().status == "terminated"
+    runner.close()
+
+
+def test_a_background_process_that_goes_on_writing_is_left_behind(runner: Runner) -> None:
+    child = "(while :; do echo tick; sleep 0.5; done) & echo $!"
+    done = runner.run("sh", "-c", child)
+    os.kill(int(done.stdout.split()[0]), signal.SIGKILL)
+    assert done.returncode == 0
+    assert runner.session().status == "terminated"
+
+
 def test_a_store_out_of_reach_is_told_before_the_command_runs(
     runner: Runner, tmp_path: Path
 ) -> None:

@@ -9,7 +9,9 @@ import inspect
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc import plain, render_doc
 from typing import Any, get_type_hints
+from unittest.mock import create_autospec
 
 import pytest
 
@@ -167,3 +169,35 @@ def test_an_error_tells_what_its_code_says(error: type[sessionstore.SessionStore
     word = error.__name__.removesuffix("Error")
     assert error.code.replace("_", "").lower().removesuffix("error") == word.lower()
     assert error.__doc__
+
+
+def test_a_subclass_may_override_an_operation() -> None:
+    class Counting(SessionStore):
+        calls = 0
+
+        def update_activity(self, session_id: str) -> None:
+            self.calls += 1
+            super().update_activity(session_id)
+
+    with memory_store() as original:
+        store = Counting(original._client)
+        session = store.create_session("claude", "service-1", "/src")
+        for _ in range(3):
+            store.update_activity(session.id)
+        assert store.calls == 3
+
+
+def test_operations_can_be_called_through_the_class() -> None:
+    with memory_store() as store:
+        assert SessionStore.ping(store) is True
+
+
+def test_a_mock_of_the_class_knows_the_operations() -> None:
+    mocked = create_autospec(SessionStore, instance=True)
+    mocked.create_session("claude", "service-1", "/src")
+    with pytest.raises(TypeError):
+        mocked.create_session("claude")
+
+
+def test_help_tells_of_the_operations() -> None:
+    assert "create_session(" in plain(render_doc(SessionStore))

@@ -5,6 +5,7 @@ It needs typer and rich, the extra ``cli``; nothing outside this package imports
 
 from __future__ import annotations
 
+import os
 import sys
 
 __all__ = ["main"]
@@ -16,6 +17,7 @@ def main() -> int:
     Returns:
         The exit code; ``failures.py`` lists them.
     """
+    _open_closed_streams()
     try:
         import rich  # noqa: F401  # pyright: ignore[reportUnusedImport]
         import typer  # noqa: F401  # pyright: ignore[reportUnusedImport]
@@ -26,3 +28,18 @@ def main() -> int:
     from sessionstore.cli.app import run
 
     return run()
+
+
+def _open_closed_streams() -> None:
+    """Put /dev/null where stdin, stdout or stderr is closed, as under cron or ``>&-``.
+
+    Otherwise the connection to the server would get that number, and what is written to "stdout"
+    would go to the server as commands.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115  open to the end
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115

@@ -122,7 +122,7 @@ def naming_the_server(url: str, timeout: float) -> Generator[None, None, None]:
     except AuthenticationError as error:
         raise CommandError(
             UNREACHABLE,
-            f"authentication failed at {address(url)}: {_without_password(str(error), url)}",
+            f"authentication failed at {address(url)}: {without_password(str(error), url)}",
         ) from error
     except OutcomeUnknownError as error:
         raise CommandError(
@@ -137,7 +137,7 @@ def naming_the_server(url: str, timeout: float) -> Generator[None, None, None]:
     except ConnectionError as error:
         raise CommandError(
             UNREACHABLE,
-            f"cannot reach the store at {address(url)}: {_without_password(_reason(error), url)}",
+            f"cannot reach the store at {address(url)}: {without_password(_reason(error), url)}",
         ) from error
 
 
@@ -160,7 +160,8 @@ def _reason(error: BaseException) -> str:
     return str(error)
 
 
-def _without_password(message: str, url: str) -> str:
+def without_password(message: str, url: str) -> str:
+    """A message without the password that a URL holds."""
     parts = urlsplit(url)
     for password in (parts.password, *parse_qs(parts.query).get("password", ())):
         if password:

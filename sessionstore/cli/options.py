@@ -115,7 +115,8 @@ def _invalid_url() -> CommandError:
 def _has_stray_at(url: str) -> bool:
     """A password with ``/``, ``?`` or ``#`` ends the host too early: it is read as the address."""
     parts = urlsplit(url)
-    return parts.scheme != "unix" and "@" in parts.path + parts.query + parts.fragment
+    in_query = "@" in parts.query and "=" not in parts.query.partition("@")[0]
+    return parts.scheme != "unix" and ("@" in parts.path + parts.fragment or in_query)
 
 
 def write(line: str) -> None:

@@ -15,19 +15,27 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
-from sessionstore import OutcomeUnknownError, SessionNotFoundError, SessionStore
-from sessionstore.arguments import MAX_CHUNKS, MAX_METADATA_BYTES
+from redis.exceptions import OutOfMemoryError
+
+from sessionstore import (
+    InvalidArgumentError,
+    OutcomeUnknownError,
+    SessionNotFoundError,
+    SessionStore,
+)
+from sessionstore.arguments import MAX_CHUNKS, MAX_METADATA_BYTES, MAX_METADATA_NAMES
 from sessionstore.errors import TRANSIENT
 from sessionstore.lines import LineSplitter
 
 PATIENCE = 60.0  # seconds that output waits for an unreachable store before it goes unrecorded
 LINGER = 2.0  # seconds without output after which a background process's pipe is left behind
+LONGEST_LINGER = 10.0  # seconds after the command's end, whatever the background process writes
 READ_SIZE = 64 * 1024
 FORWARDED = (
     signal.SIGHUP,
@@ -41,7 +49,9 @@ FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # exit codes, as a shell gives them
 
 STDOUT, STDERR = 1, 2
-PASSING: tuple[type[Exception], ...] = (OutcomeUnknownError, *TRANSIENT)
+OWN_METADATA = ("command", "host", "pid", "exit_code", "signal")
+# An outage, and a server whose memory is full for a while.
+PASSING: tuple[type[Exception], ...] = (OutcomeUnknownError, OutOfMemoryError, *TRANSIENT)
 
 
 def run_command(
@@ -53,10 +63,11 @@ def run_command(
     project_path: str | None = None,
     task_id: str | None = None,
     mcp_session_id: str | None = None,
-    metadata: Mapping[str, str] | None = None,
+    metadata: dict[str, str] | None = None,
     unique: bool = False,
     on_created: Callable[[str], None] | None = None,
     on_data: Callable[[int, bytes], None] | None = None,
+    stdin: int | None = None,
 ) -> int:
     """Run a command as a session and wait for its end.
 
@@ -68,19 +79,24 @@ def run_command(
         on_created: told the session's id before the command starts.
         on_data: given every piece of output, with its file descriptor (1 or 2), instead of this
             process's own stdout and stderr.
+        stdin: what the command reads, as for ``subprocess.Popen``; None: this process's stdin.
 
     Returns:
         The command's exit code; 128 + n if signal n ended it; 127 if there is no such command.
     """
+    if len(metadata or {}) > MAX_METADATA_NAMES - len(OWN_METADATA):
+        raise InvalidArgumentError.of(
+            "metadata", f"has no room for the names of run itself: {', '.join(OWN_METADATA)}"
+        )
     host = socket.gethostname()
     session = store.create_session(
         type,
         service_session_id or f"run-{host}-{os.getpid()}-{uuid4().hex[:8]}",
-        project_path or os.getcwd(),
+        project_path or _printable(os.getcwd()),
         task_id,
         mcp_session_id,
         status="starting",
-        metadata={**(metadata or {}), "command": _shortened(shlex.join(command)), "host": host},
+        metadata=(metadata or {}) | {"command": _shortened(shlex.join(command)), "host": host},
         unique=unique,
     )
     if on_created is not None:
@@ -90,6 +106,7 @@ def run_command(
         try:
             process = subprocess.Popen(
                 command,
+                stdin=stdin,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 env={**os.environ, "SESSIONSTORE_SESSION_ID": session.id},
@@ -104,15 +121,16 @@ def run_command(
             return code
         with process:
             signals.forward_to(process)
-            recorder.call(store.update_metadata, session.id, {"pid": str(process.pid)})
-            recorder.call(store.update_status, session.id, "busy")
             pumps = [
                 _Pump(process.stdout, STDOUT, recorder, store.add_output, on_data),
                 _Pump(process.stderr, STDERR, recorder, store.add_error, on_data),
             ]
+            recorder.call(store.update_metadata, session.id, {"pid": str(process.pid)})
+            recorder.call(store.update_status, session.id, "busy")
             code = process.wait()
+            give_up_at = time.monotonic() + LONGEST_LINGER
             for pump in pumps:
-                pump.wait()
+                pump.wait(give_up_at)
         recorder.finish(code)
         return 128 - code if code < 0 else code
 
@@ -123,50 +141,63 @@ class _Recorder:
     def __init__(self, store: SessionStore, session_id: str) -> None:
         self._store = store
         self.session_id = session_id
+        self._longest = store.settings.chunk_limit
         self._given_up = False
 
     def add(self, append: Callable[..., int], entries: Sequence[str]) -> None:
         """Store entries; ``append`` is ``add_output`` or ``add_error``."""
-        for first in range(0, len(entries), MAX_CHUNKS):
-            self.call(append, self.session_id, *entries[first : first + MAX_CHUNKS])
+        fitting = [piece for entry in entries for piece in _pieces(entry, self._longest)]
+        for first in range(0, len(fitting), MAX_CHUNKS):
+            self.call(append, self.session_id, *fitting[first : first + MAX_CHUNKS])
 
     def call(self, operation: Callable[..., Any], *arguments: Any) -> None:
-        """Carry out one write, patiently; not at all once the store was given up."""
+        """Carry out one write, patiently; not at all once the output was given up."""
+        if not self._given_up:
+            failure = self._try(operation, *arguments)
+            if failure is not None:
+                self._given_up = True
+                _say(f"{failure}: the command goes on, unrecorded")
+
+    def finish(self, code: int) -> None:
+        """Say how the command ended; the status first, it is what others wait for."""
+        status = "terminated" if code == 0 else "error"
+        facts = {"exit_code": str(128 - code if code < 0 else code)}
+        if code < 0:
+            facts["signal"] = signal.Signals(-code).name
+        for operation, value in (
+            (self._store.update_status, status),
+            (self._store.update_metadata, facts),
+        ):
+            failure = self._try(operation, self.session_id, value)
+            if failure is not None:
+                _say(f"{failure}: how the command ended is not recorded")
+                return
+
+    def _try(self, operation: Callable[..., Any], *arguments: Any) -> str | None:
+        """Carry out one write; what is wrong if it cannot be."""
         give_up_at = time.monotonic() + PATIENCE
         unknown: OutcomeUnknownError | None = None
         told = False
-        while not self._given_up:
+        while True:
             try:
                 if unknown is None:
                     operation(*arguments)
                 else:
                     self._store.repeat(unknown)
-                return
+                return None
             except SessionNotFoundError:
-                self._give_up(f"session {self.session_id} was deleted")
+                return f"session {self.session_id} was deleted"
             except PASSING as error:
                 if isinstance(error, OutcomeUnknownError):
                     unknown = error
                 if time.monotonic() > give_up_at:
-                    self._give_up(f"the store was out of reach for {PATIENCE:.0f} s")
-                elif not told:
+                    return f"the store took nothing for {PATIENCE:.0f} s ({error})"
+                if not told:
                     told = True
-                    _say("the store is out of reach, output waits for it")
+                    _say(f"the store takes nothing now ({error}), output waits for it")
                 time.sleep(0.2)
             except Exception as error:
-                self._give_up(f"the store refuses ({error})")
-
-    def _give_up(self, reason: str) -> None:
-        self._given_up = True
-        _say(f"{reason}: the command goes on, unrecorded")
-
-    def finish(self, code: int) -> None:
-        """Say how the command ended."""
-        ended_by = {"signal": signal.Signals(-code).name} if code < 0 else {}
-        exit_code = {"exit_code": str(128 - code if code < 0 else code)}
-        self.call(self._store.update_metadata, self.session_id, exit_code | ended_by)
-        status = "terminated" if code == 0 else "error"
-        self.call(self._store.update_status, self.session_id, status)
+                return f"the store refuses ({error})"
 
 
 class _Pump:
@@ -210,14 +241,18 @@ class _Pump:
             self._recorder.add(self._append, splitter.close())
             self._source.close()
 
-    def wait(self) -> None:
+    def wait(self, give_up_at: float) -> None:
         """Wait for the end of the stream, once the command has ended.
 
-        A process that the command left in the background may hold the pipe open for ever.
+        A process that the command left in the background may hold the pipe open for ever, and
+        write to it.
         """
         while self._thread.is_alive():
             self._thread.join(0.05)
-            if not self._busy and time.monotonic() - self._last_data > LINGER:
+            now = time.monotonic()
+            if now > give_up_at + PATIENCE or (
+                not self._busy and (now > give_up_at or now - self._last_data > LINGER)
+            ):
                 self._abandoned = True
                 _say("a background process of the command keeps its output open; not waiting")
                 return
@@ -231,11 +266,9 @@ class _Signals:
     early: list[int] = field(default_factory=list[int])
 
     def handle(self, number: int, _frame: object) -> None:
-        if number in FROM_TERMINAL and _in_foreground():
-            return  # the terminal has sent it to the command as well
         if self.process is None:
             self.early.append(number)
-        else:
+        elif not (number in FROM_TERMINAL and _from_terminal(self.process.pid)):
             with suppress(ProcessLookupError):
                 self.process.send_signal(number)
 
@@ -256,14 +289,18 @@ def _forwarded_signals() -> Generator[_Signals]:
             signal.signal(number, handler)
 
 
-def _in_foreground() -> bool:
-    """Whether Ctrl-C of this process's terminal reaches this process, and so the command too."""
+def _from_terminal(command: int) -> bool:
+    """Whether a Ctrl-C that reaches this process has reached the command as well.
+
+    So it is if both are in the foreground process group of the terminal. A ``kill -INT`` of this
+    process alone cannot be told from it, and is not handed on then; ``kill -TERM`` is.
+    """
     try:
         terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
     except OSError:
         return False
     try:
-        return os.tcgetpgrp(terminal) == os.getpgrp()
+        return os.tcgetpgrp(terminal) == os.getpgrp() == os.getpgid(command)
     except OSError:
         return False
     finally:
@@ -281,9 +318,23 @@ def _say(message: str) -> None:
         print(f"sessionstore: {message}", file=sys.stderr, flush=True)
 
 
+def _pieces(entry: str, longest: int) -> list[str]:
+    """An entry in pieces that a store with a small chunk limit takes."""
+    data = entry.encode()
+    if len(data) <= longest:
+        return [entry]
+    size = max(longest // 4, 1)  # characters: of four bytes at most
+    return [entry[first : first + size] for first in range(0, len(entry), size)]
+
+
+def _printable(value: str) -> str:
+    """A text from the operating system; a byte that is not UTF-8 becomes '?'."""
+    return value.encode(errors="replace").decode()
+
+
 def _shortened(value: str) -> str:
-    """As much of a text as a metadata value may hold; a surrogate from the OS becomes '?'."""
-    data = value.encode(errors="replace")
+    """As much of a text as a metadata value may hold."""
+    data = _printable(value).encode()
     if len(data) <= MAX_METADATA_BYTES:
         return data.decode()
     return data[: MAX_METADATA_BYTES - 3].decode(errors="ignore") + "…"

@@ -117,30 +117,42 @@ local function from_creation_order()
   return candidates, #candidates == MOST_WALKED
 end
 
--- The heads of two sorted sets: good down to where the first of them was cut off.
-local function from_activity_order()
-  local from = seen and integer(seen.score) or '+inf'
-  if seen and seen.id == '' then
-    from = '(' .. from   -- see `good_until` below: this microsecond is done with
-  end
-  local candidates, more, good_until = {}, false, -math.huge
-  for _, set in ipairs({activity, ended}) do
+-- The next of a sorted set, the latest active first; and whether more may follow them.
+local function next_of(set)
+  local from, offset, following = seen and integer(seen.score) or '+inf', 0, {}
+  while true do
     local head = pairs_of(redis.call('ZREVRANGEBYSCORE', set, from, '-inf', 'WITHSCORES',
-      'LIMIT', 0, MOST_WALKED))
-    if #head == MOST_WALKED then
-      more, good_until = true, math.max(good_until, head[#head].score)
-    end
+      'LIMIT', offset, MOST_WALKED))
     for _, candidate in ipairs(head) do
       if not seen or before(seen, candidate) then
-        candidates[#candidates + 1] = candidate
+        following[#following + 1] = candidate
       end
+    end
+    if #head < MOST_WALKED or #following > 0 then
+      return following, #head == MOST_WALKED
+    end
+    offset = offset + MOST_WALKED   -- all of them of the microsecond of `seen`, and before it
+  end
+end
+
+-- Two sorted sets in one order: good down to where the first of them was cut off.
+local function from_activity_order()
+  local candidates, cut_off = {}, nil
+  for _, set in ipairs({activity, ended}) do
+    local following, more = next_of(set)
+    for _, candidate in ipairs(following) do
+      candidates[#candidates + 1] = candidate
+    end
+    local last = following[#following]
+    if more and (not cut_off or before(last, cut_off)) then
+      cut_off = last
     end
   end
   table.sort(candidates, before)
-  while more and #candidates > 0 and candidates[#candidates].score < good_until do
+  while cut_off and before(cut_off, candidates[#candidates]) do
     candidates[#candidates] = nil
   end
-  return candidates, more, good_until
+  return candidates, cut_off ~= nil
 end
 
 local smallest, smallest_size = nil, MOST_WALKED + 1
@@ -150,13 +162,13 @@ for _, filter in ipairs(filters) do
     smallest, smallest_size = filter, size
   end
 end
-local candidates, more, good_until
+local candidates, more
 if smallest then
   candidates, more = from_index(smallest)
 elseif by_creation then
   candidates, more = from_creation_order()
 else
-  candidates, more, good_until = from_activity_order()
+  candidates, more = from_activity_order()
 end
 
 local function matches(id)
@@ -185,9 +197,6 @@ for _, candidate in ipairs(candidates) do
     end
   end
   last = candidate
-end
-if more and #candidates == 0 then
-  last = {score = good_until, id = ''}   -- over MOST_WALKED sessions of one microsecond: go on below
 end
 if not more or not last then
   return {time, '', '', too_large, rows}

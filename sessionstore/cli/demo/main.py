@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -23,6 +24,8 @@ from sessionstore.cli.demo.jobs import built_in_jobs, jobs_from
 from sessionstore.cli.demo.verify import Findings, plain_client, verify
 from sessionstore.cli.demo.worker import Job
 from sessionstore.cli.failures import naming_the_server
+from sessionstore.connecting import URL_VARIABLE
+from sessionstore.settings import ENVIRONMENT_PREFIX
 
 REFRESH_SECONDS = 0.15
 ANSWER_SECONDS = 10.0
@@ -71,6 +74,8 @@ def run_demo(
         json_output: print nothing but one JSON object at the end.
     """
     say = show.Quiet() if json_output else show.on_this_terminal()
+    for name in [name for name in os.environ if name.startswith(ENVIRONMENT_PREFIX)]:
+        del os.environ[name]  # nobody's settings but the demo's own
     with ExitStack() as stack:
         own = stack.enter_context(PrivateServer(find_program(server))) if url is None else None
         # In the server's directory, which goes even if the demo is killed.
@@ -81,7 +86,11 @@ def run_demo(
         server_url = own.url if own else str(url)
         say.began(own, server_url, namespace, jobs, workers)
         stack.enter_context(naming_the_server(server_url, ANSWER_SECONDS))
-        code = _run(server_url, namespace, directory, jobs, workers, say, json_output)
+        code, summary = _run(server_url, namespace, directory, jobs, workers, say)
+        if json_output:
+            if keep:
+                summary |= {"url": server_url, "namespace": namespace, "pid": own and own.pid}
+            print(json.dumps(summary, indent=2))
         if own and keep:
             own.keep()
         elif not own and not keep:
@@ -97,8 +106,8 @@ def _run(
     jobs: Sequence[Job],
     workers: int,
     say: show.Quiet,
-    json_output: bool,
-) -> int:
+) -> tuple[int, dict[str, Any]]:
+    """The exit code and a summary."""
     progress = Progress(jobs)
     started = time.monotonic()
     with SessionStore.from_url(url, namespace=namespace, deadline=ANSWER_SECONDS) as store:
@@ -117,13 +126,10 @@ def _run(
         metrics = store.get_metrics()
         findings.expect("get_metrics total", metrics.total_sessions, len(progress.codes))
     seconds = time.monotonic() - started
-    if json_output:
-        print(json.dumps(_summary(progress, findings, seconds), indent=2))
-    else:
-        say.verdict(progress, findings, seconds)
-        if progress.sessions:
-            say.redis_cli(url, namespace, progress.sessions[min(progress.sessions)])
-    return 1 if findings.problems else 0
+    say.verdict(progress, findings, seconds)
+    if progress.sessions:
+        say.redis_cli(url, namespace, progress.sessions[min(progress.sessions)])
+    return (1 if findings.problems else 0), _summary(progress, findings, seconds)
 
 
 def _summary(progress: Progress, findings: Findings, seconds: float) -> dict[str, Any]:
@@ -176,13 +182,14 @@ def _workers(
 
     try:
         for number in range(1, count + 1):
-            arguments = (url, namespace, str(directory), str(number))
+            arguments = (namespace, str(directory), str(number))
             processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "sessionstore.cli.demo.worker", *arguments],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     text=True,
+                    env={**os.environ, URL_VARIABLE: url},  # not where `ps` shows its password
                     start_new_session=True,  # Ctrl-C is for the demo, which then ends its workers
                 )
             )

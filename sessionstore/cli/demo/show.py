@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -19,18 +21,13 @@ from sessionstore import AgentSession, SessionMetrics, SessionStore
 from sessionstore._server import PrivateServer
 from sessionstore.cli.demo.verify import Findings, plain_client
 from sessionstore.cli.demo.worker import Job
+from sessionstore.cli.failures import without_password
 from sessionstore.cli.terminal import one_line
+from sessionstore.cli.views import STATUS_STYLES
 
 if TYPE_CHECKING:
     from sessionstore.cli.demo.main import Progress
 
-STYLES = {
-    "starting": "yellow",
-    "active": "cyan",
-    "busy": "bold cyan",
-    "error": "red",
-    "terminated": "green",
-}
 LIVE_ROWS = 16
 
 
@@ -94,7 +91,7 @@ class Printed(Quiet):
         workers: int,
     ) -> None:
         where = f"{own.program}, started for this demo" if own else "a server that runs already"
-        self._line(f"{where}: {_without_password(url)}", "bold")
+        self._line(f"{where}: {without_password(url, url)}", "bold")
         self._line(f"{len(jobs)} commands, {workers} worker processes, namespace {{{namespace}}}")
         self._line()
 
@@ -161,9 +158,11 @@ class Printed(Quiet):
             return
         stop = f" (stop it with: kill {own.pid})" if own else ""
         self._line(f"The server runs on{stop}. To go on:", "bold")
-        self._line(f"export SESSIONSTORE_URL={_without_password(url)}")
+        self._line(f"export SESSIONSTORE_URL={without_password(url, url)}")
         if namespace != "agents":
             self._line(f"export SESSIONSTORE_NAMESPACE={namespace}")
+        if sys.prefix != sys.base_prefix:  # a virtual environment that may not be on PATH
+            self._line(f'export PATH="{Path(sys.prefix) / "bin"}:$PATH"')
         self._line("sessionstore ls")
         self._line("sessionstore run --type claude -- ls -l")
         self._line("python3 - <<'PYTHON'")
@@ -219,7 +218,7 @@ class OnTerminal(Printed):
             escape(session.metadata.get("worker", "")),
             Text(session.id[: len("agent_") + len(session.type) + 9] + "…"),
             Text(one_line(session.metadata.get("job", ""))[:30]),
-            Text(status, style=STYLES[session.status]),
+            Text(status, style=STATUS_STYLES[session.status]),
             str(session.output_total),
             str(session.error_total),
             Text(one_line(last)[:300], style="dim"),
@@ -229,7 +228,7 @@ class OnTerminal(Printed):
         text = Text(f"{metrics.total_sessions} of {len(progress.jobs)} sessions", style="bold")
         for status, count in metrics.sessions_by_status.items():
             if count:
-                text.append(f"   {count} {status}", style=STYLES[status])
+                text.append(f"   {count} {status}", style=STATUS_STYLES[status])
         for type, count in sorted(metrics.sessions_by_type.items()):
             text.append(f"   {type} {count}", style="dim")
         return text
@@ -241,11 +240,6 @@ def redis_cli(url: str) -> str:
     if parts.scheme == "unix":
         return f"redis-cli -s {parts.path}"
     return f"redis-cli -h {parts.hostname} -p {parts.port or 6379}"
-
-
-def _without_password(url: str) -> str:
-    parts = urlsplit(url)
-    return url.replace(f":{parts.password}@", ":***@") if parts.password else url
 
 
 def _as_redis_cli(reply: Any) -> Iterator[str]:

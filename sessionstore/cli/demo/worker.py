@@ -3,7 +3,7 @@
 Jobs come as JSON lines on stdin, reports go as JSON lines to stdout. When stdin closes, the demo
 is over, or dead: the worker ends its command and itself.
 
-    python -m sessionstore.cli.demo.worker URL NAMESPACE DIRECTORY NUMBER
+    SESSIONSTORE_URL=… python -m sessionstore.cli.demo.worker NAMESPACE DIRECTORY NUMBER
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import queue
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -22,7 +23,7 @@ from sessionstore import SessionStore
 from sessionstore.cli.run import run_command
 
 Job = dict[str, Any]
-KEPT_LINES = 10_000  # of each buffer; the demo does not depend on the environment's settings
+KEPT_LINES = 10_000  # of each buffer
 
 
 def raw_output(directory: Path, session_id: str, descriptor: int) -> Path:
@@ -30,13 +31,11 @@ def raw_output(directory: Path, session_id: str, descriptor: int) -> Path:
     return directory / f"{session_id}.{descriptor}"
 
 
-def main(url: str, namespace: str, directory: Path, number: int) -> None:
+def main(namespace: str, directory: Path, number: int) -> None:
     """Run jobs until there are no more."""
     jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
     threading.Thread(target=_take_jobs, args=(jobs,), daemon=True).start()
-    with SessionStore.from_url(
-        url, namespace=namespace, buffer_limit=KEPT_LINES, buffer_bytes=0
-    ) as store:
+    with SessionStore(namespace=namespace, buffer_limit=KEPT_LINES, buffer_bytes=0) as store:
         while (job := jobs.get()) is not None:
             _run(store, job, directory, number)
 
@@ -73,6 +72,7 @@ def _run(store: SessionStore, job: Job, directory: Path, number: int) -> None:
             metadata={"worker": str(number), "job": job["title"]},
             on_created=created,
             on_data=keep,
+            stdin=subprocess.DEVNULL,  # this process's own brings jobs
         )
     except Exception as error:
         _report("failed", job, error=f"{type(error).__name__}: {error}")
@@ -85,4 +85,4 @@ def _report(event: str, job: Job, **details: Any) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

