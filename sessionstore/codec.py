@@ -46,7 +46,13 @@ def _flat(reply: Mapping[Any, Any] | Sequence[Any]) -> Sequence[Any]:
 
 def hash_fields(reply: Mapping[Any, Any] | Sequence[Any]) -> dict[str, str]:
     """The fields of a hash, given as a dict or as one flat list."""
-    parts = [part if isinstance(part, str) else part.decode() for part in _flat(reply)]
+    flat = _flat(reply)
+    try:
+        parts = b"\0".join(flat).decode().split("\0")  # half the cost of one by one
+    except TypeError:  # text already
+        parts = []
+    if len(parts) != len(flat):  # or a value with a NUL in it
+        parts = list(map(text, flat))
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 

@@ -83,12 +83,10 @@ class Filters:
         return sets
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A session and its place in the order."""
-
-    place: tuple[int, str]
-    session: AgentSession
+#: A score and an id: where a session is in the order.
+Place = tuple[int, str]
+#: A session and its place.
+Row = tuple[Place, AgentSession]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +94,7 @@ class Strand:
     """How far one partition has been walked, and what was read there but not given yet."""
 
     keys: Keys
-    place: tuple[int, str] | None = None
+    place: Place | None = None
     rows: tuple[Row, ...] = ()
     finished: bool = False
     alone: str = ""  # the session at `place`, if it is too large for a page
@@ -187,7 +185,7 @@ class Listing:
         def page(session: AgentSession | None) -> Page[AgentSession, Progress]:
             assert strand.place is not None
             fits = session is not None and self.filters.still_match(session)
-            rows = (Row(strand.place, session),) if session is not None and fits else ()
+            rows = ((strand.place, session),) if session is not None and fits else ()
             strands = list(progress.strands)
             strands[number] = replace(strand, rows=rows, alone="")
             return self._merge(Progress(tuple(strands), progress.given))
@@ -200,26 +198,29 @@ class Listing:
         if any(strand.alone for strand in strands):
             return Page((), progress)
         descending = self.order == BY_ACTIVITY
-        places = [s.place for s in strands if not s.finished and s.place is not None]
-        rows = sorted(
-            (row for s in strands for row in s.rows), key=lambda r: r.place, reverse=descending
-        )
-        if places:  # rows beyond the least of them may still be preceded by others
-            bound = max(places) if descending else min(places)
-            ready = [r for r in rows if (r.place >= bound if descending else r.place <= bound)]
-        else:
-            ready = rows
+        rows = [row for strand in strands for row in strand.rows]
+        ready = len(rows)
+        if len(strands) > 1:
+            rows.sort(key=_place_of, reverse=descending)
+            # Beyond the nearest end of a partition that is still walked, others may come between.
+            ends = [s.place for s in strands if not s.finished and s.place is not None]
+            if ends and descending:
+                ready = sum(place >= max(ends) for place, _ in rows)
+            elif ends:
+                ready = sum(place <= min(ends) for place, _ in rows)
         if self.limit is not None:
-            ready = ready[: self.limit - progress.given]
-        given = progress.given + len(ready)
-        sessions = [row.session for row in ready]
-        taken = {row.place for row in ready}
-        left = tuple(
-            replace(s, rows=tuple(r for r in s.rows if r.place not in taken)) for s in strands
-        )
-        if given == self.limit or all(s.finished and not s.rows for s in left):
+            ready = min(ready, self.limit - progress.given)
+        given = progress.given + ready
+        sessions = [session for _, session in rows[:ready]]
+        if given == self.limit or (ready == len(rows) and all(s.finished for s in strands)):
             return Page(sessions, None)
-        return Page(sessions, Progress(left, given))
+        kept = {place for place, _ in rows[ready:]}
+        left = [replace(s, rows=tuple(r for r in s.rows if r[0] in kept)) for s in strands]
+        return Page(sessions, Progress(tuple(left), given))
+
+
+def _place_of(row: Row) -> Place:
+    return row[0]
 
 
 def _walked(strand: Strand, reply: Any) -> Strand:
@@ -233,7 +234,7 @@ def _walked(strand: Strand, reply: Any) -> Strand:
             if not fields:
                 logger.warning("left out of a listing: an id that is indexed but has no session")
         else:
-            found.append(Row((int(row_score), session.id), session))
+            found.append(((int(row_score), session.id), session))
     place = (int(score), codec.text(last_id)) if score else None
     return replace(
         strand, place=place, rows=tuple(found), finished=place is None, alone=codec.text(alone)
