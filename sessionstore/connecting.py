@@ -46,18 +46,23 @@ def connect_async(url: str, settings: StoreSettings) -> redis.asyncio.Redis:
 def _pool(pool_class: Any, url: Any, settings: StoreSettings, retry: Any) -> Any:
     if not isinstance(url, str):
         raise InvalidArgumentError.of("url", f"must be a str, not {type(url).__name__}")
+    ours = {
+        "retry": retry,  # never: the store itself decides when to try again
+        "socket_connect_timeout": settings.deadline * CONNECT_SHARE,
+        "socket_timeout": settings.deadline * READ_SHARE,
+        # With RESP 3, redis-py 8.1's asyncio client does not notice idle connections that the
+        # server has closed.
+        "protocol": 2,
+        "encoding": "utf-8",
+    }
     try:
         pool = pool_class.from_url(
             url,
-            retry=retry,  # never: the store itself decides when to try again
             max_connections=settings.max_connections,
             timeout=settings.deadline * POOL_WAIT_SHARE,
-            socket_connect_timeout=settings.deadline * CONNECT_SHARE,
-            socket_timeout=settings.deadline * READ_SHARE,
-            # With RESP 3, redis-py 8.1's asyncio client does not notice idle connections that
-            # the server has closed.
-            protocol=2,
+            **ours,
         )
+        pool.connection_kwargs.update(ours)  # also over what the URL asks for: the deadline counts
         pool.connection_class(**pool.connection_kwargs)  # an unknown option fails here, not later
     except (ValueError, TypeError):
         # Without redis-py's own words: they may quote a part of the password.
