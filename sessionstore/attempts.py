@@ -16,7 +16,7 @@ import random
 import time
 from dataclasses import dataclass, field
 
-from sessionstore.errors import OutcomeUnknownError, is_transient, surely_not_run
+from sessionstore.errors import OutcomeUnknownError, is_transient, of_any_server, surely_not_run
 
 logger = logging.getLogger("sessionstore")
 
@@ -51,6 +51,7 @@ class Attempts:
             OutcomeUnknownError: no more attempts, and this write may or may not have happened.
             redis.RedisError: no more attempts; the error itself.
         """
+        error = of_any_server(error)
         # A client that was handed in may have tried more often than it tells. Any other answer
         # than a transient failure is the server's: this attempt changed nothing.
         if is_transient(error):

@@ -32,8 +32,10 @@ from redis.exceptions import (
     ClusterDownError,
     ConnectionError,
     MaxConnectionsError,
+    OutOfMemoryError,
     ReadOnlyError,
     RedisError,
+    ResponseError,
     TimeoutError,
     TryAgainError,
 )
@@ -162,6 +164,17 @@ def refusal(answer: str) -> SessionStoreError:
     """The error for a script's answer ``CODE {details as JSON}``."""
     code, _, details = answer.partition(" ")
     return _BY_CODE.get(code, SessionStoreError).from_details(json.loads(details or "{}"))
+
+
+# Redis 6.2 wraps a failure inside a script: "Error running script (…): -OOM command not allowed …"
+_WRAPPED = re.compile(r"Error running script .*-(OOM|READONLY) (.*)", re.DOTALL)
+_UNWRAPPED = {"OOM": OutOfMemoryError, "READONLY": ReadOnlyError}
+
+
+def of_any_server(error: Exception) -> Exception:
+    """The error as every server version since 7.0 tells it."""
+    wrapped = _WRAPPED.match(str(error)) if type(error) is ResponseError else None
+    return error if wrapped is None else _UNWRAPPED[wrapped[1]](wrapped[2])
 
 
 # Which failures of a connection or a server pass by themselves.
