@@ -100,13 +100,13 @@ def _load(
             filled = session.model_copy(update={f"{buffer}_buffer": entries})
             return _load(keys, filled, tail, tuple(others))
 
-        def more(
-            page: BufferPage | None,
-        ) -> Found | Request[Found]:
+        def more(page: BufferPage | None) -> Found | Request[Found]:
             if page is None:  # deleted meanwhile
                 return None
-            known = page.chunks[: total - (page.cursor - len(page.chunks))]
-            return load_from(page.cursor if page.chunks else total, entries + known)
+            start = page.cursor - len(page.chunks)
+            before = entries if start == cursor else ()  # trimmed up to here: no gap is left
+            known = page.chunks[: max(0, total - start)]
+            return load_from(page.cursor if page.chunks else total, before + known)
 
         return then(buffer_page(keys, session.id, buffer, cursor), more)
 

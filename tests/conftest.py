@@ -3,8 +3,9 @@
 Each real server is started once a session, on a free port, and stopped at the end. A test gets a
 namespace of its own and its keys are deleted afterwards; nothing ever flushes a database.
 
-Contract tests are written once, against blocking calls, and run over {sync, async} × all targets:
-``Awaiting`` shows an ``AsyncSessionStore`` as if it were blocking.
+Contract tests are written once, against blocking calls, and run over {sync, async} × all targets,
+and with 16 partitions on real servers: ``Awaiting`` shows an ``AsyncSessionStore`` as if it were
+blocking.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import asyncio
 import inspect
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
 
@@ -20,6 +22,7 @@ import fakeredis
 import fakeredis.aioredis
 import pytest
 import redis
+from rawkeys import RawKeys
 
 from sessionstore import AsyncSessionStore, SessionStore
 from sessionstore._server import PrivateServer, ServerNotFoundError, ServerProgram, find_program
@@ -42,6 +45,15 @@ def _programs() -> dict[str, ServerProgram]:
 PROGRAMS = _programs()
 SERVERS = tuple(PROGRAMS)
 TARGETS = (FAKEREDIS, *SERVERS)
+#: Every world's name: style, target, and the number of partitions unless it is one. With several
+#: partitions what differs is the library's side: one style a server is enough.
+WORLDS = [
+    *(f"{style}-{target}" for target in TARGETS for style in ("sync", "async")),
+    *(
+        f"{style}-{target}-16"
+        for style, target in zip(("sync", "async"), 2 * SERVERS, strict=False)
+    ),
+]
 
 
 def pytest_report_header() -> list[str]:
@@ -120,17 +132,15 @@ class Awaiting:
                 return
 
 
-class World:
+class World(RawKeys):
     """One target in one style: stores of a fresh namespace, and a plain client beside them."""
 
-    def __init__(self, style: str, target: str, url: str | None) -> None:
+    def __init__(self, style: str, target: str, url: str | None, partitions: int = 1) -> None:
         self.style, self.target, self.url = style, target, url
-        self.namespace = f"test-{uuid4().hex[:12]}"
-        self.prefix = f"{{{self.namespace}}}:"
         self._fake = fakeredis.FakeServer() if url is None else None
         self.runner = asyncio.Runner() if style == "async" else None
         self._opened: list[Any] = []
-        self.redis = self.client(decode_responses=True)
+        super().__init__(self.client(decode_responses=True), f"test-{uuid4().hex[:12]}", partitions)
 
     def client(self, **options: Any) -> redis.Redis:
         """A plain blocking client of the same server."""
@@ -143,7 +153,7 @@ class World:
 
     def store(self, *, redact: Callable[[str], str] | None = None, **settings: Any) -> Any:
         """A store of this style, its methods blocking in either case."""
-        settings = {"namespace": self.namespace} | settings
+        settings = {"namespace": self.namespace, "partitions": self.partitions} | settings
         if self.style == "sync":
             if self.url is not None:
                 store: Any = SessionStore.from_url(self.url, redact=redact, **settings)
@@ -162,32 +172,34 @@ class World:
         self._opened.append(store)
         return store
 
-    def keys(self) -> set[str]:
-        """All keys of the namespace, without their common prefix."""
-        found = self.redis.scan_iter(f"{self.prefix}*", count=1000)
-        return {key.removeprefix(self.prefix) for key in found}
-
     def close(self) -> None:
         if self.url is not None:
-            for key in self.redis.scan_iter(f"{self.prefix}*", count=1000):
-                self.redis.unlink(key)
+            self.remove()
         for opened in reversed(self._opened):
             getattr(opened, "aclose", opened.close)()
         if self.runner is not None:
             self.runner.close()
 
 
-@pytest.fixture(params=[f"{style}-{target}" for target in TARGETS for style in ("sync", "async")])
+@contextmanager
+def opened(name: str, running: Callable[[str], PrivateServer]) -> Iterator[World]:
+    """A world by its name."""
+    style, target, partitions = (*name.split("-"), "1")[:3]
+    url = None if target == FAKEREDIS else running(target).url
+    world = World(style, target, url, int(partitions))
+    try:
+        yield world
+    finally:
+        world.close()
+
+
+@pytest.fixture(params=WORLDS)
 def world(
     request: pytest.FixtureRequest, running: Callable[[str], PrivateServer]
 ) -> Iterator[World]:
-    """{sync, async} × {fakeredis, each real server}."""
-    style, _, target = request.param.partition("-")
-    opened = World(style, target, None if target == FAKEREDIS else running(target).url)
-    try:
-        yield opened
-    finally:
-        opened.close()
+    """{sync, async} × {fakeredis, each real server}, and 16 partitions."""
+    with opened(request.param, running) as world:
+        yield world
 
 
 @pytest.fixture

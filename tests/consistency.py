@@ -5,11 +5,13 @@ Done with plain redis-py and nothing of the library, so that both cannot be wron
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import redis
+from rawkeys import RawKeys
 
 ENDED = {"terminated", "error"}
 ENTRY_OVERHEAD = 16  # bytes
@@ -30,20 +32,48 @@ def microseconds(stored: str) -> int:
 
 
 def sessions_of(world: Any) -> dict[str, dict[str, str]]:
-    """Every session's hash by id."""
-    found = {}
-    for key in world.keys():  # noqa: SIM118  a method of the fixture, not of a dict
-        parts = key.split(":")
-        if parts[0] == "session" and len(parts) == 2:
-            found[parts[1]] = world.redis.hgetall(world.prefix + key)
+    """Every session's hash by id, over all partitions."""
+    raw = _raw(world)
+    found: dict[str, dict[str, str]] = {}
+    for prefix, keys in raw.by_partition().items():
+        of_partition = _sessions(raw.redis, prefix, keys)
+        assert not found.keys() & of_partition.keys(), "a session is in two partitions"
+        found |= of_partition
     return found
+
+
+def _raw(world: Any) -> RawKeys:
+    """Some tests have namespaces of their own, of one partition."""
+    return world if isinstance(world, RawKeys) else RawKeys(world.redis, world.name)
+
+
+def _sessions(client: redis.Redis, prefix: str, keys: set[str]) -> dict[str, dict[str, str]]:
+    ids = [key.split(":")[1] for key in keys if re.fullmatch("session:[^:]*", key)]
+    with client.pipeline(transaction=False) as pipe:
+        for session_id in ids:
+            pipe.hgetall(f"{prefix}session:{session_id}")
+        return dict(zip(ids, pipe.execute(), strict=True))
 
 
 def assert_consistent(world: Any) -> None:
     """Index sets, sorted sets, byte counts and keys are exactly those the hashes call for."""
-    client: redis.Redis = world.redis
-    prefix, keys, sessions = world.prefix, world.keys(), sessions_of(world)
+    raw = _raw(world)
+    keys = raw.by_partition()
+    layout = keys[raw.meta.removesuffix("meta")]
+    assert "meta" in layout
+    assert raw.redis.ttl(raw.meta) == -1
+    layout.remove("meta")
+    for prefix, of_partition in keys.items():
+        sessions = _sessions(raw.redis, prefix, of_partition)
+        for session_id, fields in sessions.items():
+            assert raw.prefix_of(session_id) == prefix
+            assert raw.prefix_for(fields["service_session_id"]) == prefix
+        _assert_partition_consistent(raw.redis, prefix, of_partition, sessions)
 
+
+def _assert_partition_consistent(
+    client: redis.Redis, prefix: str, keys: set[str], sessions: dict[str, dict[str, str]]
+) -> None:
     expected_sets: dict[str, set[str]] = defaultdict(set)
     for session_id, fields in sessions.items():
         assert fields["id"] == session_id
@@ -75,12 +105,14 @@ def assert_consistent(world: Any) -> None:
             if entries:
                 buffers.add(key)
 
-    allowed = {"meta", "events", "types", "sessions", "activity", "ended", "leases"}
+    allowed = {"events", "types", "sessions", "activity", "ended", "leases"}
     allowed |= buffers | set(expected_sets) | {f"session:{session_id}" for session_id in sessions}
     assert {key for key in keys if not key.startswith("lane:")} <= allowed
-    for key in keys:
-        expires = client.ttl(prefix + key) > 0
-        assert expires == key.startswith("lane:"), f"{key}: expires is {expires}"
+    with client.pipeline(transaction=False) as pipe:
+        for key in keys:
+            pipe.ttl(prefix + key)
+        for key, ttl in zip(keys, pipe.execute(), strict=True):
+            assert (ttl > 0) == key.startswith("lane:"), f"{key}: expires in {ttl} s"
 
 
 def expected_metrics(world: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def create(store: Any, **options: Any) -> str:
 
 
 def length(world: Any, session_id: str) -> int:
-    return int(world.redis.llen(f"{world.prefix}session:{session_id}:output"))
+    return int(world.redis.llen(world.session(session_id, ":output")))
 
 
 BUFFERS = {"output": ("add_output", "read_output"), "errors": ("add_error", "read_errors")}
@@ -182,7 +182,7 @@ def test_bounds_and_dropped_are_exact_after_random_appends(
     session = store.get_session(session_id)
     assert session.output_buffer == tuple(model.entries)
     assert session.output_total == model.total
-    held = int(world.redis.hget(f"{world.prefix}session:{session_id}", "output_bytes"))
+    held = int(world.redis.hget(world.session(session_id), "output_bytes"))
     assert held == model.bytes
     assert_consistent(world)
 

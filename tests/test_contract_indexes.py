@@ -24,14 +24,6 @@ def create(store: Any, **options: Any) -> str:
     return str(store.create_session("claude", "service-1", "/src", **options).id)
 
 
-def scores(world: Any, key: str) -> dict[str, float]:
-    return dict(world.redis.zrange(world.prefix + key, 0, -1, withscores=True))
-
-
-def events(world: Any) -> list[dict[str, str]]:
-    return [fields for _, fields in world.redis.xrange(f"{world.prefix}events")]
-
-
 # ---- Random operations -------------------------------------------------------------------------
 
 
@@ -80,7 +72,7 @@ def test_a_hash_is_readable_with_redis_cli(world: Any, store: Any) -> None:
         "claude", "service-1", "/src", "task-1", "mcp-1", metadata={"branch": "main"}
     )
     store.add_output(session.id, "é")
-    fields = world.redis.hgetall(f"{world.prefix}session:{session.id}")
+    fields = world.redis.hgetall(world.session(session.id))
     created_at = session.created_at.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     assert fields.pop("last_activity") >= created_at
     assert fields == {
@@ -125,29 +117,29 @@ def test_the_key_names_are_those_of_the_design(world: Any, store: Any) -> None:
 
 def test_ended_and_live_sessions_are_in_sorted_sets_of_their_own(world: Any, store: Any) -> None:
     sessions = {status: create(store, status=status) for status in STATUSES}
-    assert set(scores(world, "ended")) == {sessions[status] for status in ENDED}
-    assert set(scores(world, "activity")) == set(sessions.values()) - set(scores(world, "ended"))
+    assert set(world.scores("ended")) == {sessions[status] for status in ENDED}
+    assert set(world.scores("activity")) == set(sessions.values()) - set(world.scores("ended"))
 
 
 def test_ending_is_dated_and_coming_back_is_activity(world: Any, store: Any) -> None:
     session_id = create(store)
     store.update_status(session_id, "terminated")
-    ended_at = scores(world, "ended")[session_id]
+    ended_at = world.scores("ended")[session_id]
     assert ended_at == microseconds(sessions_of(world)[session_id]["last_activity"])
-    assert scores(world, "activity") == {}
+    assert world.scores("activity") == {}
     store.update_status(session_id, "active")
-    assert scores(world, "ended") == {}
-    assert scores(world, "activity")[session_id] > ended_at
+    assert world.scores("ended") == {}
+    assert world.scores("activity")[session_id] > ended_at
 
 
 def test_what_follows_the_end_does_not_move_its_date(world: Any, store: Any) -> None:
     session_id = create(store, status="terminated")
-    before = scores(world, "ended")
+    before = world.scores("ended")
     store.update_status(session_id, "error")
     store.update_activity(session_id)
     store.add_output(session_id, "late")
-    assert scores(world, "ended") == before
-    assert scores(world, "activity") == {}
+    assert world.scores("ended") == before
+    assert world.scores("activity") == {}
 
 
 def test_nothing_is_left_of_deleted_sessions(world: Any, store: Any) -> None:
@@ -190,7 +182,7 @@ def test_memory_for_lanes_is_bounded_by_concurrency_and_not_by_traffic(
         store.update_activity(session_id)
     lanes = [key for key in world.keys() if key.startswith("lane:")]  # noqa: SIM118
     assert len(lanes) == 1
-    assert 500 < world.redis.ttl(world.prefix + lanes[0]) <= 600
+    assert 500 < world.redis.ttl(world.prefix_of(session_id) + lanes[0]) <= 600
 
 
 # ---- Events ------------------------------------------------------------------------------------
@@ -202,7 +194,7 @@ def test_a_session_leaves_its_life_in_the_events(world: Any, store: Any) -> None
     store.update_status(session_id, "terminated", expected="active")
     store.delete_session(session_id)
     common = {"session_id": session_id, "type": "claude"}
-    assert events(world) == [
+    assert world.events() == [
         {"event": "created", "status": "starting"} | common,
         {"event": "status_changed", "old_status": "starting", "status": "active"} | common,
         {"event": "status_changed", "old_status": "active", "status": "terminated"} | common,
@@ -221,7 +213,7 @@ def test_what_changes_nothing_of_a_life_is_no_event(world: Any, store: Any) -> N
         store.update_status(session_id, "busy", expected="starting")
     with pytest.raises(SessionStoreError):
         create(store, unique=True)
-    assert [event["event"] for event in events(world)] == ["created"]
+    assert [event["event"] for event in world.events()] == ["created"]
 
 
 # ---- Records that cannot be read ---------------------------------------------------------------
@@ -239,7 +231,7 @@ def test_one_unreadable_record_does_not_spoil_a_listing(
     world: Any, store: Any, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     first, broken, last = create(store), create(store), create(store)
-    world.redis.hset(f"{world.prefix}session:{broken}", mapping=DAMAGE[damage])
+    world.redis.hset(world.session(broken), mapping=DAMAGE[damage])
     caplog.set_level(logging.WARNING, "sessionstore")
     for tail in (0, None):
         caplog.clear()
@@ -254,7 +246,7 @@ def test_one_unreadable_record_does_not_spoil_a_listing(
 
 def test_a_limit_is_filled_past_an_unreadable_record(world: Any, store: Any) -> None:
     broken, *others = [create(store) for _ in range(4)]
-    world.redis.hset(f"{world.prefix}session:{broken}", "status", "asleep")
+    world.redis.hset(world.session(broken), "status", "asleep")
     assert [s.id for s in store.find_sessions(limit=2)] == others[:2]
     assert store.find_session_by_service_id("service-1").id == others[0]
 
@@ -263,7 +255,7 @@ def test_an_id_without_a_session_does_not_spoil_a_listing(
     world: Any, store: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     kept, gone = create(store), create(store)
-    world.redis.delete(f"{world.prefix}session:{gone}")
+    world.redis.delete(world.session(gone))
     with caplog.at_level(logging.WARNING, "sessionstore"):
         assert [s.id for s in store.get_all_sessions()] == [kept]
     assert caplog.records
@@ -272,8 +264,8 @@ def test_an_id_without_a_session_does_not_spoil_a_listing(
 def test_bytes_that_somebody_else_put_into_a_buffer_are_replaced(world: Any, store: Any) -> None:
     session_id = create(store)
     store.add_output(session_id, "before")
-    world.redis.rpush(f"{world.prefix}session:{session_id}:output", b"caf\xe9")
-    world.redis.hincrby(f"{world.prefix}session:{session_id}", "output_total", 1)
+    world.redis.rpush(world.session(session_id, ":output"), b"caf\xe9")
+    world.redis.hincrby(world.session(session_id), "output_total", 1)
     expected = ("before", "caf\ufffd")
     assert store.read_output(session_id).chunks == expected
     assert store.get_session(session_id).output_buffer == expected
@@ -282,7 +274,7 @@ def test_bytes_that_somebody_else_put_into_a_buffer_are_replaced(world: Any, sto
 
 def test_an_unreadable_record_names_fields_and_not_values(world: Any, store: Any) -> None:
     session_id = create(store)
-    world.redis.hset(f"{world.prefix}session:{session_id}", "output_total", "a secret")
+    world.redis.hset(world.session(session_id), "output_total", "a secret")
     with pytest.raises(UnreadableSessionError, match="output_total") as refused:
         store.get_session(session_id)
     assert "a secret" not in str(refused.value)
@@ -304,12 +296,14 @@ def test_a_key_of_a_wrong_type_stops_a_write_before_it_changes_anything(
     world: Any, store: Any, key: str, operate: Any
 ) -> None:
     session_id = create(store)
-    world.redis.delete(world.prefix + key)
-    world.redis.set(world.prefix + key, "somebody else's")
+    prefix = world.prefix_of(session_id)
+    world.redis.delete(prefix + key)
+    world.redis.set(prefix + key, "somebody else's")
 
-    def everything() -> dict[str, bytes | None]:
-        kept = {key for key in world.keys() if not key.startswith("lane:")}  # noqa: SIM118
-        return {key: world.client().dump(world.prefix + key) for key in kept}
+    def everything() -> dict[bytes, Any]:
+        client = world.client()
+        kept = client.scan_iter(world.pattern, count=1000)
+        return {key: client.dump(key) for key in kept if b":lane:" not in key}
 
     before = everything()
     with pytest.raises(redis.ResponseError, match="WRONGTYPE"):

@@ -5,98 +5,20 @@ What must come out is told by a plain Python filter over sessions that were read
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from itertools import combinations
 from typing import Any
 
 import pytest
-from conftest import FAKEREDIS, TARGETS, World
-from consistency import ENDED, sessions_of
+from conftest import WORLDS, opened
+from consistency import ENDED
+from shelf import FILTERS, ORDERS, Shelf, backdate, ids, stock
 
 from sessionstore import AgentSession
 
-ORDERS = ("created", "-last_activity")
 MIB = 1024 * 1024
 
-
-class Shelf:
-    """The sessions of a world as plain Python sees them."""
-
-    def __init__(self, world: Any, store: Any) -> None:
-        self.store = store
-        self.sessions = sessions_of(world)
-        scores = world.redis.zrange
-        self.created = dict(scores(f"{world.prefix}sessions", 0, -1, withscores=True))
-        self.active = dict(scores(f"{world.prefix}activity", 0, -1, withscores=True))
-        self.active |= dict(scores(f"{world.prefix}ended", 0, -1, withscores=True))
-        seconds, microseconds = world.redis.time()
-        self.now_us = seconds * 1_000_000 + microseconds
-
-    def find(self, order: str = "created", limit: int | None = None, **filters: Any) -> list[str]:
-        """The ids that ``find_sessions`` must give."""
-        found = [i for i, fields in self.sessions.items() if self._matches(i, fields, filters)]
-        if order == "created":
-            found.sort(key=lambda i: (self.created[i], i))
-        else:
-            found.sort(key=lambda i: (self.active[i], i), reverse=True)
-        return found[:limit]
-
-    def _matches(self, session_id: str, fields: dict[str, str], filters: dict[str, Any]) -> bool:
-        for name, wanted in filters.items():
-            if name == "idle_for":
-                matches = self.now_us - self.active[session_id] >= wanted * 1_000_000
-            elif name == "status" and not isinstance(wanted, str):
-                matches = fields["status"] in wanted
-            else:
-                matches = fields.get(name) == wanted
-            if not matches:
-                return False
-        return True
-
-
-def ids(sessions: Iterable[AgentSession]) -> list[str]:
-    return [session.id for session in sessions]
-
-
-def backdate(world: Any, session_id: str, seconds: int) -> None:
-    """Make a session's last activity older."""
-    ended = world.redis.hget(f"{world.prefix}session:{session_id}", "status") in ENDED
-    key = f"{world.prefix}{'ended' if ended else 'activity'}"
-    world.redis.zincrby(key, -seconds * 1_000_000, session_id)
-
-
-def own(world: Any, session_id: str, owner: str) -> None:
-    """Give a session an owner, as a claim does."""
-    world.redis.hset(f"{world.prefix}session:{session_id}", "owner", owner)
-    world.redis.sadd(f"{world.prefix}sessions:owner:{owner}", session_id)
-
-
-FILTERS: dict[str, Any] = {
-    "type": "claude",
-    "status": ("active", "error"),
-    "task_id": "task-1",
-    "mcp_session_id": "mcp-1",
-    "service_session_id": "service-1",
-    "owner": "worker-1",
-    "idle_for": 1050,
-}
-
-
 # Sessions that tests only read are created once for all of them.
-WORLDS = [f"{style}-{target}" for target in TARGETS for style in ("sync", "async")]
-
-
-@contextmanager
-def opened(name: str, running: Callable[[str], Any]) -> Iterator[World]:
-    """The fixture ``world``, for longer than one test."""
-    style, _, target = name.partition("-")
-    world = World(style, target, None if target == FAKEREDIS else running(target).url)
-    try:
-        yield world
-    finally:
-        world.close()
 
 
 @pytest.fixture(scope="module", params=WORLDS)
@@ -106,22 +28,6 @@ def shelf(request: pytest.FixtureRequest, running: Callable[[str], Any]) -> Iter
         store = world.store()
         stock(world, store)
         yield Shelf(world, store)
-
-
-def stock(world: Any, store: Any) -> None:
-    rng = random.Random(5)
-    for i in range(60):
-        session = store.create_session(
-            rng.choice(["claude", "claude", "codex"]),
-            rng.choice(["service-1", "service-1", "service-2"]),
-            "/src",
-            rng.choice(["task-1", "task-1", "task-2", None]),
-            rng.choice(["mcp-1", "mcp-1", "mcp-2", None]),
-            status=rng.choice(["starting", "active", "active", "busy", "error", "terminated"]),
-        )
-        if rng.random() < 0.7:
-            own(world, session.id, rng.choice(["worker-1", "worker-1", "worker-2"]))
-        backdate(world, session.id, rng.choice([0, 1000, 1100, 1200]) + (i % 7))
 
 
 def test_each_filter_alone_in_both_orders(shelf: Shelf) -> None:
@@ -223,10 +129,12 @@ def many(request: pytest.FixtureRequest, running: Callable[[str], Any]) -> Itera
             )
         sizes = {"type:claude": 1164, "status:active": 1180, "task:task-1": 1000, "mcp:mcp-1": 1001}
         for index, size in sizes.items():
-            assert world.redis.scard(f"{world.prefix}sessions:{index}") == size
+            assert len(world.members(f"sessions:{index}")) == size
         # Many of one microsecond: the order among those is by id.
-        key = f"{world.prefix}activity"
-        world.redis.zadd(key, dict.fromkeys(world.redis.zrange(key, 0, 899), 1_700_000_000_000_000))
+        for prefix in world.prefixes:
+            key = f"{prefix}activity"
+            first = world.redis.zrange(key, 0, 900 // world.partitions - 1)
+            world.redis.zadd(key, dict.fromkeys(first, 1_700_000_000_000_000))
         yield Shelf(world, store)
 
 

@@ -92,7 +92,7 @@ def test_created_at_grows_though_the_newest_session_is_from_the_future(
     """So it does after a failover to a server whose clock is behind."""
     first = create(store)
     future = int(first.created_at.timestamp() * 1_000_000) + 3_600_000_000
-    world.redis.zadd(f"{world.prefix}sessions", {first.id: future})
+    world.redis.zadd(f"{world.prefix_of(first.id)}sessions", {first.id: future})
     second = create(store)
     assert second.created_at > first.created_at + timedelta(hours=1)
     assert [s.id for s in store.get_all_sessions()] == [first.id, second.id]
@@ -137,7 +137,7 @@ def test_unique_refuses_while_a_session_drives_the_service_session(store: Any, s
 
 def test_unique_names_the_holder(world: Any, store: Any) -> None:
     holder = create(store)
-    world.redis.hset(f"{world.prefix}session:{holder.id}", "owner", "host-1:42")
+    world.redis.hset(world.session(holder.id), "owner", "host-1:42")
     with pytest.raises(ServiceSessionInUseError, match="host-1:42") as refused:
         create(store, unique=True)
     assert refused.value.owner == "host-1:42"
@@ -360,7 +360,7 @@ def test_an_empty_store_answers_empty(store: Any) -> None:
 
 def test_sessions_are_listed_in_the_order_of_their_creation(store: Any) -> None:
     types = ["codex", "claude", "gemini", "claude", "codex", "claude"]
-    created = [store.create_session(type, "service-1", "/src") for type in types]
+    created = [store.create_session(type, f"service-{i}", "/src") for i, type in enumerate(types)]
     store.update_activity(created[0].id)
     assert [s.id for s in store.get_all_sessions()] == [s.id for s in created]
     for type in set(types):
@@ -369,15 +369,16 @@ def test_sessions_are_listed_in_the_order_of_their_creation(store: Any) -> None:
 
 
 def test_metrics_count_by_status_and_by_type(store: Any) -> None:
-    for type, status in [
+    kinds = [
         ("claude", "active"),
         ("claude", "busy"),
         ("codex", "busy"),
         ("codex", "error"),
         ("codex", "terminated"),
         ("my-agent_2", "starting"),
-    ]:
-        store.create_session(type, "service-1", "/src", status=status)
+    ]
+    for i, (type, status) in enumerate(kinds):
+        store.create_session(type, f"service-{i}", "/src", status=status)
     metrics = store.get_metrics()
     assert metrics.total_sessions == 6
     assert (metrics.active_sessions, metrics.busy_sessions, metrics.error_sessions) == (1, 2, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ from sessionstore import (
     StoreSettings,
     UnsafeServerError,
 )
+from sessionstore._server import PrivateServer
 
 NOBODY = "redis://127.0.0.1:1/0"
 
@@ -249,25 +251,28 @@ def test_only_an_unknown_outcome_can_be_repeated(from_url: Callable[..., Any], e
 
 
 def test_the_first_call_stamps_the_layout(world: Any, store: Any) -> None:
-    assert world.redis.exists(f"{world.prefix}meta") == 0
+    assert world.redis.exists(world.meta) == 0
     store.get_metrics()
-    assert world.redis.hgetall(f"{world.prefix}meta") == {"schema": "1", "partitions": "1"}
+    assert world.redis.hgetall(world.meta) == {
+        "schema": "1",
+        "partitions": str(world.partitions),
+    }
 
 
 @pytest.mark.parametrize(
-    "meta", [{"schema": "2", "partitions": "1"}, {"schema": "1", "partitions": "16"}, {"x": "y"}]
+    "meta", [{"schema": "2", "partitions": "1"}, {"schema": "1", "partitions": "256"}, {"x": "y"}]
 )
 def test_a_namespace_of_another_layout_is_not_touched(
     world: Any, store: Any, meta: dict[str, str]
 ) -> None:
-    world.redis.hset(f"{world.prefix}meta", mapping=meta)
+    world.redis.hset(world.meta, mapping=meta)
     for _ in range(2):  # refused each time, not just the first
         with pytest.raises(SchemaMismatchError, match="this store"):
             store.create_session("claude", "s", "/src")
         with pytest.raises(SchemaMismatchError):
             store.get_metrics()
     assert world.keys() == {"meta"}
-    assert world.redis.hgetall(f"{world.prefix}meta") == meta
+    assert world.redis.hgetall(world.meta) == meta
 
 
 def test_namespaces_do_not_see_each_other(world: Any, store: Any) -> None:
@@ -332,7 +337,7 @@ def test_any_client_gives_the_same_answers(
     client: Any
     if world.style == "sync":
         client = world.client(**options)
-        store: Any = SessionStore(client, namespace=world.namespace)
+        store: Any = SessionStore(client, namespace=world.namespace, partitions=world.partitions)
     else:
         if world.url is None:
             client = fakeredis.aioredis.FakeRedis(server=world._fake, **options)
@@ -458,3 +463,19 @@ def test_a_wrong_password_is_told_at_once_and_not_shown(
         store.create_session("claude", "s", "/src")
     text = "\n".join([str(failed.value), *(r.getMessage() for r in caplog.records)])
     assert "hunter2" not in text
+
+
+def test_options_of_the_url_do_not_undo_the_deadline_nor_the_encoding(
+    from_url: Callable[..., Any], own_server: PrivateServer
+) -> None:
+    options = "?socket_timeout=60&encoding=latin-1&decode_responses=true"
+    store = from_url(own_server.url + options, deadline=1)
+    session = store.create_session("claude", "é", "/src")
+    store.add_output(session.id, "é")
+    assert store.get_session(session.id).output_buffer == ("é",)
+    own_server.signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(redis.TimeoutError):
+            store.ping()  # for a minute, if the URL had its way
+    finally:
+        own_server.signal(signal.SIGCONT)

@@ -9,8 +9,10 @@ local function expected_bytes(list, bytes, tail)
   return length > tail and bytes * tail / length or bytes
 end
 
+local ENTRY_OVERHEAD = 16   -- as in append.lua: an entry weighs more than its text
+
 local function bytes_of(entries)
-  local bytes = 0
+  local bytes = ENTRY_OVERHEAD * #entries
   for _, entry in ipairs(entries) do
     bytes = bytes + #entry
   end
