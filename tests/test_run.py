@@ -27,6 +27,7 @@ class Runner:
     """Runs commands as sessions of one namespace."""
 
     def __init__(self, server: PrivateServer) -> None:
+        self._started: list[subprocess.Popen[bytes]] = []
         self.namespace = f"test-{uuid4().hex[:12]}"
         self.store = SessionStore.from_url(server.url, namespace=self.namespace)
         self.redis: Any = redis.Redis.from_url(server.url, decode_responses=True)
@@ -39,7 +40,9 @@ class Runner:
     def start(self, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
         command = [PROGRAM, "run", "--type", "claude", *arguments]
-        return subprocess.Popen(command, env=self.environment, **options)
+        process = subprocess.Popen(command, env=self.environment, **options)
+        self._started.append(process)
+        return process
 
     def run(self, *command: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
         process = self.start("--", *command, **options)
@@ -51,6 +54,9 @@ class Runner:
         return only
 
     def close(self) -> None:
+        for process in self._started:
+            if process.poll() is None:  # after a failed test
+                process.terminate()
         for key in self.redis.scan_iter(f"{{{self.namespace}}}:*"):
             self.redis.unlink(key)
         self.redis.close()
