@@ -190,7 +190,9 @@ def drive(ours: Side, original: Side, seed: int, operations: int) -> Iterator[St
 
 
 def test_the_store_answers_as_the_original_does(world: Any) -> None:
-    seed = int(os.environ.get(SEED) or crc32(f"{world.style}-{world.target}-{world.partitions}".encode()))
+    seed = int(
+        os.environ.get(SEED) or crc32(f"{world.style}-{world.target}-{world.partitions}".encode())
+    )
     replay = f"{SEED}={seed} replays this"
     ours, original = Side(world.store()), Side(reference.SessionStore())
     wanted = OPERATIONS.get(world.target, DEFAULT_OPERATIONS)

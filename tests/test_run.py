@@ -287,9 +287,9 @@ def test_full_memory_for_a_while_loses_nothing(own_server: PrivateServer) -> Non
 
 
 def test_a_background_process_that_goes_on_writing_is_left_behind(runner: Runner) -> None:
-    child = "(while :; do echo tick; sleep 0.5; done) & echo $!"
+    child = "(while :; do echo tick; sleep 0.5; done) & echo pid=$!"
     done = runner.run("sh", "-c", child)
-    os.kill(int(done.stdout.split()[0]), signal.SIGKILL)
+    os.kill(int(done.stdout.partition(b"pid=")[2].split()[0]), signal.SIGKILL)
     assert done.returncode == 0
     assert runner.session().status == "terminated"
 
