@@ -234,7 +234,7 @@ def _walked(strand: Strand, reply: Any) -> Strand:
             if not fields:
                 logger.warning("left out of a listing: an id that is indexed but has no session")
         else:
-            found.append(((int(row_score), session.id), session))
+            found.append(((int(float(row_score)), session.id), session))
     place = (int(score), codec.text(last_id)) if score else None
     return replace(
         strand, place=place, rows=tuple(found), finished=place is None, alone=codec.text(alone)

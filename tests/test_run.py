@@ -130,7 +130,7 @@ def test_a_slow_child_that_flushes_is_seen_at_once(runner: Runner, tmp_path: Pat
         return sessions[0].output_buffer if sessions else ()
 
     until(lambda: seen() == ("first",))
-    assert runner.session().status == "busy"
+    until(lambda: runner.session().status == "busy")
     go_on.touch()
     assert process.communicate(timeout=30)[0] == b"first\nsecond\n"
     assert seen() == ("first", "second")

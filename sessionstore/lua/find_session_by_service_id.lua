@@ -26,4 +26,5 @@ end
 if not earliest then
   return {time, ''}
 end
-return {time, earliest, (load_row(prefix, earliest, tail, room))}
+local fields, output, errors = load_row(prefix, earliest, tail, room)
+return {time, earliest, fields and {fields, output, errors} or nil}

@@ -105,16 +105,17 @@ end
 local function pairs_of(flat)
   local list = {}
   for i = 1, #flat, 2 do
-    list[#list + 1] = {id = flat[i], score = tonumber(flat[i + 1])}
+    list[#list + 1] = {id = flat[i], score = tonumber(flat[i + 1]), text = flat[i + 1]}
   end
   return list
 end
 
 local function from_creation_order()
   local from = seen and '(' .. integer(seen.score) or '-inf'
+  local walked = #filters == 0 and math.max(1, math.min(most_rows, MOST_WALKED)) or MOST_WALKED
   local candidates = pairs_of(redis.call('ZRANGEBYSCORE', sessions, from, '+inf', 'WITHSCORES',
-    'LIMIT', 0, MOST_WALKED))
-  return candidates, #candidates == MOST_WALKED
+    'LIMIT', 0, walked))
+  return candidates, #candidates == walked
 end
 
 -- The next of a sorted set, the latest active first; and whether more may follow them.
@@ -185,10 +186,10 @@ for _, candidate in ipairs(candidates) do
     break
   end
   if matches(candidate.id) then
-    local row, bytes = load_row(prefix, candidate.id, tail, room)
-    if row then
-      table.insert(row, 1, integer(candidate.score))
-      rows[#rows + 1], room = row, room - bytes
+    local fields, output, errors, bytes = load_row(prefix, candidate.id, tail, room)
+    if fields then
+      local score = candidate.text or integer(candidate.score)
+      rows[#rows + 1], room = {score, fields, output, errors}, room - bytes
     else
       more = true
       if #rows > 0 then break end
