@@ -102,10 +102,11 @@ class Strand:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a listing goes on."""
+    """Where a listing goes on, and how many sessions it has given and left out so far."""
 
     strands: tuple[Strand, ...]
     given: int = 0
+    left_out: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +147,11 @@ class Listing:
         room = max(PAGE_BYTES // len(asked), LEAST_BYTES)
 
         def decode(replies: Sequence[Any]) -> Page[AgentSession, Progress]:
-            strands = list(progress.strands)
+            strands, left_out = list(progress.strands), progress.left_out
             for number, reply in zip(asked, replies, strict=True):
                 strands[number] = _walked(strands[number], reply)
-            return self._merge(Progress(tuple(strands), progress.given))
+                left_out += len(reply[-1]) - len(strands[number].rows)
+            return self._merge(replace(progress, strands=tuple(strands), left_out=left_out))
 
         calls = [self._walk(progress.strands[number], rows, room) for number in asked]
         if len(calls) == 1:
@@ -188,7 +190,7 @@ class Listing:
             rows = ((strand.place, session),) if session is not None and fits else ()
             strands = list(progress.strands)
             strands[number] = replace(strand, rows=rows, alone="")
-            return self._merge(Progress(tuple(strands), progress.given))
+            return self._merge(replace(progress, strands=tuple(strands)))
 
         return then(self.read_alone(strand.keys, strand.alone, self.tail), page)
 
@@ -213,10 +215,15 @@ class Listing:
         given = progress.given + ready
         sessions = [session for _, session in rows[:ready]]
         if given == self.limit or (ready == len(rows) and all(s.finished for s in strands)):
+            if progress.left_out:
+                logger.info(  # each was warned of
+                    "%d records that cannot be read were left out of a listing of %d sessions",
+                    progress.left_out, given,
+                )  # fmt: skip
             return Page(sessions, None)
         kept = {place for place, _ in rows[ready:]}
         left = [replace(s, rows=tuple(r for r in s.rows if r[0] in kept)) for s in strands]
-        return Page(sessions, Progress(tuple(left), given))
+        return Page(sessions, Progress(tuple(left), given, progress.left_out))
 
 
 def _place_of(row: Row) -> Place:

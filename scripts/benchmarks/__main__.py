@@ -41,10 +41,10 @@ def main() -> None:
     with PrivateServer(program) as server:
         parts.append(_told(operations.measure(server, *((10, 50) if quick else (60, 200)))))
     with PrivateServer(program) as server:
-        parts.append(_told(scale.listings(server, 3 if quick else 9)))
+        parts.append(_told(scale.listings(server, 3 if quick else 25)))
     sizes = [100, 1_000, 5_000] if quick else [100, 1_000, 10_000, 50_000, 200_000]
     with PrivateServer(program) as server:
-        costs, figures = scale.costs(server, sizes, 10 if quick else 30)
+        costs, figures = scale.costs(server, sizes, 10 if quick else 80)
         parts.append(_told(costs))
         parts.append(f"![Cost of a call by number of sessions]({PLOT.relative_to(ROOT)})")
         parts.append(_told(scale.slow_commands(server)))
