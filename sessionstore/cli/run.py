@@ -112,34 +112,49 @@ def run_command(
                 env={**os.environ, "SESSIONSTORE_SESSION_ID": session.id},
             )
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            message = f"{command[0]}: {reason}"
-            code = NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
-            recorder.call(store.add_error, session.id, message)
-            (on_data or _pass_through)(STDERR, f"sessionstore: {message}\n".encode())
-            recorder.finish(code)
-            return code
+            return _not_started(command[0], error, recorder, on_data or _pass_through)
         with process:
             signals.forward_to(process)
-            pumps = [
-                _Pump(process.stdout, STDOUT, recorder, store.add_output, on_data),
-                _Pump(process.stderr, STDERR, recorder, store.add_error, on_data),
-            ]
-            recorder.call(store.update_metadata, session.id, {"pid": str(process.pid)})
-            recorder.call(store.update_status, session.id, "busy")
-            code = process.wait()
-            give_up_at = time.monotonic() + LONGEST_LINGER
-            for pump in pumps:
-                pump.wait(give_up_at)
+            code = _accompany(process, recorder, on_data or _pass_through)
         recorder.finish(code)
         return 128 - code if code < 0 else code
+
+
+def _not_started(
+    program: str, error: Exception, recorder: _Recorder, pass_on: Callable[[int, bytes], None]
+) -> int:
+    """Say in the session and on stderr why a command did not start; its exit code."""
+    message = f"{program}: {getattr(error, 'strerror', None) or error}"
+    code = NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
+    recorder.add(recorder.store.add_error, [message])
+    pass_on(STDERR, f"sessionstore: {message}\n".encode())
+    recorder.finish(code)
+    return code
+
+
+def _accompany(
+    process: subprocess.Popen[bytes], recorder: _Recorder, pass_on: Callable[[int, bytes], None]
+) -> int:
+    """Carry a command's output until it has ended; its return code."""
+    store = recorder.store
+    pumps = [
+        _Pump(process.stdout, STDOUT, recorder, store.add_output, pass_on),
+        _Pump(process.stderr, STDERR, recorder, store.add_error, pass_on),
+    ]
+    recorder.call(store.update_metadata, recorder.session_id, {"pid": str(process.pid)})
+    recorder.call(store.update_status, recorder.session_id, "busy")
+    code = process.wait()
+    give_up_at = time.monotonic() + LONGEST_LINGER
+    for pump in pumps:
+        pump.wait(give_up_at)
+    return code
 
 
 class _Recorder:
     """Writes to the session, through outages of the store."""
 
     def __init__(self, store: SessionStore, session_id: str) -> None:
-        self._store = store
+        self.store = store
         self.session_id = session_id
         self._longest = store.settings.chunk_limit
         self._given_up = False
@@ -165,8 +180,8 @@ class _Recorder:
         if code < 0:
             facts["signal"] = signal.Signals(-code).name
         for operation, value in (
-            (self._store.update_status, status),
-            (self._store.update_metadata, facts),
+            (self.store.update_status, status),
+            (self.store.update_metadata, facts),
         ):
             failure = self._try(operation, self.session_id, value)
             if failure is not None:
@@ -183,7 +198,7 @@ class _Recorder:
                 if unknown is None:
                     operation(*arguments)
                 else:
-                    self._store.repeat(unknown)
+                    self.store.repeat(unknown)
                 return None
             except SessionNotFoundError:
                 return f"session {self.session_id} was deleted"
@@ -209,13 +224,13 @@ class _Pump:
         descriptor: int,
         recorder: _Recorder,
         append: Callable[..., int],
-        on_data: Callable[[int, bytes], None] | None,
+        pass_on: Callable[[int, bytes], None],
     ) -> None:
         self._source = source
         self._descriptor = descriptor
         self._recorder = recorder
         self._append = append
-        self._pass_on = on_data or _pass_through
+        self._pass_on = pass_on
         self._last_data = time.monotonic()
         self._busy = False
         self._abandoned = False
