@@ -16,6 +16,7 @@ import operations
 import plot
 import redis
 import scale
+from measuring import cores_awake
 
 from sessionstore._server import PrivateServer, find_program
 
@@ -36,15 +37,15 @@ def main() -> None:
     program = find_program(options.server)
 
     versions = f"redis-py {redis.__version__} with hiredis, Python {platform.python_version()}"
-    method = "one connection over loopback; medians, and the median of the ratios of rounds in turn"
-    parts = [f"{program}, {versions}, {method}."]
-    with PrivateServer(program) as server:
-        parts.append(_told(operations.measure(server, *((10, 50) if quick else (60, 200)))))
-    with PrivateServer(program) as server:
-        parts.append(_told(scale.listings(server, 3 if quick else 25)))
+    method = "one connection over loopback, cores kept awake"
+    parts = [f"{program}, {versions}, {method}; medians, and the median of the rounds' ratios."]
+    with PrivateServer(program) as server, cores_awake():
+        parts.append(_told(operations.measure(server, *((10, 50) if quick else (40, 200)))))
+    with PrivateServer(program) as server, cores_awake():
+        parts.append(_told(scale.listings(server, 3 if quick else 15)))
     sizes = [100, 1_000, 5_000] if quick else [100, 1_000, 10_000, 50_000, 200_000]
-    with PrivateServer(program) as server:
-        costs, figures = scale.costs(server, sizes, 10 if quick else 80)
+    with PrivateServer(program) as server, cores_awake():
+        costs, figures = scale.costs(server, sizes, 10 if quick else 50)
         parts.append(_told(costs))
         parts.append(f"![Cost of a call by number of sessions]({PLOT.relative_to(ROOT)})")
         parts.append(_told(scale.slow_commands(server)))
