@@ -9,7 +9,7 @@ still being walked can have anything before it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -111,17 +111,13 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """One listing: where, what matches, in which order, how many, how much of the buffers.
-
-    ``read_alone`` reads a session whose buffers do not fit a page; None if it cannot be read.
-    """
+    """One listing: where, what matches, in which order, how many, how much of the buffers."""
 
     partitions: Sequence[Keys]
     filters: Filters
     order: Order = CREATED
     limit: int | None = None
     tail: int | None = 0
-    read_alone: Callable[[Keys, str, int | None], Request[AgentSession | None]] = in_pieces
 
     def __post_init__(self) -> None:
         check.tail(self.tail)
@@ -192,7 +188,7 @@ class Listing:
             strands[number] = replace(strand, rows=rows, alone="")
             return self._merge(replace(progress, strands=tuple(strands)))
 
-        return then(self.read_alone(strand.keys, strand.alone, self.tail), page)
+        return then(in_pieces(strand.keys, strand.alone, self.tail), page)
 
     def _merge(self, progress: Progress) -> Page[AgentSession, Progress]:
         """Give what can be given, in order; keep the rest."""

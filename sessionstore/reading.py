@@ -14,7 +14,6 @@ Buffer = Literal["output", "error"]
 
 MOST_ENTRIES = 1000  # of a page
 
-
 #: ``codec.session``, which raises on an unreadable record, or ``codec.listed``, which does not.
 Decoder = Callable[..., AgentSession | None]
 Found = AgentSession | None
@@ -32,17 +31,15 @@ def without_buffers(
     )
 
 
-def whole(
-    keys: Keys, session_id: str, tail: int | None, session: Decoder = codec.session
-) -> Snapshot[AgentSession | None]:
+def whole(keys: Keys, session_id: str, tail: int | None) -> Snapshot[AgentSession | None]:
     """A session with its buffers, all of one moment."""
 
     def decode(reply: Any) -> AgentSession | None:
-        time, *row = reply
-        return session(*row, codec.moment(time))
+        time, fields, output, errors = reply
+        return codec.session(fields, output, errors, codec.moment(time))
 
     first = 0 if tail is None else -tail
-    fields, output, errors = (
+    session, output, errors = (
         keys.session(session_id),
         keys.output(session_id),
         keys.errors(session_id),
@@ -50,11 +47,11 @@ def whole(
     return Snapshot(
         (
             ("TIME",),
-            ("HGETALL", fields),
+            ("HGETALL", session),
             ("LRANGE", output, first, -1),
             ("LRANGE", errors, first, -1),
         ),
-        Call("read_whole", (fields, output, errors), (first,), decode),
+        Call("read_whole", (session, output, errors), (first,), decode),
         decode,
     )
 

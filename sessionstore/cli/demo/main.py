@@ -38,14 +38,12 @@ class Progress:
     jobs: Sequence[Job]
     sessions: dict[int, str] = field(default_factory=dict[int, str])  # job number → session id
     codes: dict[str, int] = field(default_factory=dict[str, int])  # session id → exit code
-    workers: dict[int, int] = field(default_factory=dict[int, int])  # job number → worker
     failures: list[str] = field(default_factory=list[str])
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def take(self, report: Mapping[str, Any], worker: int) -> None:
+    def take(self, report: Mapping[str, Any]) -> None:
         with self.lock:
             number = report["job"]
-            self.workers[number] = worker
             if report["event"] == "created":
                 self.sessions[number] = report["session_id"]
             elif report["event"] == "done":
@@ -171,7 +169,7 @@ def _workers(
             process.stdin.flush()
             for line in process.stdout:
                 report = json.loads(line)
-                progress.take(report, number)
+                progress.take(report)
                 reported(job, number, report)
                 if report["event"] != "created":
                     break
