@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeAlias, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar, cast
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -46,6 +46,7 @@ class Snapshot(Generic[T]):
     commands: Sequence[tuple[str | int, ...]]
     instead: Call[Any]
     decode: Callable[[Any], T | Request[T]]
+    lane: ClassVar[None] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class Several(Generic[T]):
 
     calls: Sequence[Call[Any]]
     decode: Callable[[list[Any]], T | Request[T]]
+    lane: ClassVar[None] = None
 
 
 Request: TypeAlias = Call[T] | Snapshot[T] | Several[T]

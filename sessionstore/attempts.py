@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from sessionstore.errors import OutcomeUnknownError, is_transient, of_any_server, surely_not_run
 
@@ -40,8 +40,8 @@ class Attempts:
     what: str
     deadline: float | None
     is_write: bool
+    began: float  # time.monotonic()
     may_have_run: bool = False  # True from the start for the repeat of a write
-    _began: float = field(default_factory=time.monotonic)
     _failed: int = 0
 
     def pause_after(self, error: Exception) -> float:
@@ -58,7 +58,7 @@ class Attempts:
             self.may_have_run |= self.deadline is None or not surely_not_run(error)
         self._failed += 1
         pause = random.uniform(0, min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**self._failed))
-        time_left = (self.deadline or 0) * ATTEMPTS_SHARE - (time.monotonic() - self._began)
+        time_left = (self.deadline or 0) * ATTEMPTS_SHARE - (time.monotonic() - self.began)
         if is_transient(error) and pause < time_left:
             logger.info(
                 "%s: attempt %d failed (%s), next in %.2f s",

@@ -67,7 +67,7 @@ class _Store(SessionOperations):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of namespace {self.settings.namespace!r}>"
 
-    def _attempts(self, request: Request[Any], *, is_repeat: bool) -> Attempts:
+    def _attempts(self, request: Request[Any], began: float, *, is_repeat: bool) -> Attempts:
         match request:
             case Call():
                 what = request.script
@@ -76,7 +76,8 @@ class _Store(SessionOperations):
             case Snapshot():
                 what = "get_session"
         deadline = self.settings.deadline if self._own_client else None
-        return Attempts(what, deadline, is_write=_is_write(request), may_have_run=is_repeat)
+        is_write = request.lane is not None
+        return Attempts(what, deadline, is_write, began, may_have_run=is_repeat)
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
@@ -164,7 +165,7 @@ class SessionStore(_Store, SyncExecutor):
         result: T | Request[T] = request
         while isinstance(result, REQUESTS):
             following: Request[T] = cast("Any", result)
-            lane = self._lanes.take() if _is_write(following) else None
+            lane = None if following.lane is None else self._lanes.take()
             result = self._carry_out(following, lane)
         return result
 
@@ -179,7 +180,7 @@ class SessionStore(_Store, SyncExecutor):
     def _carry_out(
         self, request: Request[T], lane: Lane | None, *, is_repeat: bool = False
     ) -> T | Request[T]:
-        attempts = self._attempts(request, is_repeat=is_repeat)
+        began, attempts = time.monotonic(), None
         try:
             while True:
                 try:
@@ -188,6 +189,7 @@ class SessionStore(_Store, SyncExecutor):
                     reply = self._send(request, lane)
                     break
                 except RedisError as error:
+                    attempts = attempts or self._attempts(request, began, is_repeat=is_repeat)
                     time.sleep(attempts.pause_after(error))
         except BaseException as error:
             if lane is not None:
@@ -198,21 +200,21 @@ class SessionStore(_Store, SyncExecutor):
         return request.decode(reply)
 
     def _send(self, request: Request[Any], lane: Lane | None) -> Any:
-        if isinstance(request, Snapshot):
+        if isinstance(request, Call):
+            script, operands = _command(request, lane)
             try:
-                with self._client.pipeline(transaction=True) as pipe:
-                    for command in request.commands:
-                        pipe.execute_command(*command)
-                    return pipe.execute()
-            except OutOfMemoryError:
-                return self._send(request.instead, None)
+                return self._client.execute_command("EVALSHA", script.sha, *operands)
+            except NoScriptError:
+                return self._client.execute_command("EVAL", script.text, *operands)
         if isinstance(request, Several):
             return self._send_several(request.calls)
-        script, operands = _command(request, lane)
         try:
-            return self._client.execute_command("EVALSHA", script.sha, *operands)
-        except NoScriptError:
-            return self._client.execute_command("EVAL", script.text, *operands)
+            with self._client.pipeline(transaction=True) as pipe:
+                for command in request.commands:
+                    pipe.execute_command(*command)
+                return pipe.execute()
+        except OutOfMemoryError:
+            return self._send(request.instead, None)
 
     def _send_several(self, calls: Sequence[Call[Any]]) -> list[Any]:
         with self._client.pipeline(transaction=False) as pipe:
@@ -310,7 +312,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         result: T | Request[T] = request
         while isinstance(result, REQUESTS):
             following: Request[T] = cast("Any", result)
-            lane = self._lanes.take() if _is_write(following) else None
+            lane = None if following.lane is None else self._lanes.take()
             result = await self._carry_out(following, lane)
         return result
 
@@ -335,7 +337,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
     async def _carry_out(
         self, request: Request[T], lane: Lane | None, *, is_repeat: bool = False
     ) -> T | Request[T]:
-        attempts = self._attempts(request, is_repeat=is_repeat)
+        began, attempts = time.monotonic(), None
         try:
             while True:
                 try:
@@ -344,6 +346,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
                     reply = await self._send(request, lane)
                     break
                 except RedisError as error:
+                    attempts = attempts or self._attempts(request, began, is_repeat=is_repeat)
                     await asyncio.sleep(attempts.pause_after(error))
         except BaseException as error:
             if lane is not None:
@@ -354,21 +357,21 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         return request.decode(reply)
 
     async def _send(self, request: Request[Any], lane: Lane | None) -> Any:
-        if isinstance(request, Snapshot):
+        if isinstance(request, Call):
+            script, operands = _command(request, lane)
             try:
-                async with self._client.pipeline(transaction=True) as pipe:
-                    for command in request.commands:
-                        pipe.execute_command(*command)
-                    return await pipe.execute()
-            except OutOfMemoryError:
-                return await self._send(request.instead, None)
+                return await self._client.execute_command("EVALSHA", script.sha, *operands)
+            except NoScriptError:
+                return await self._client.execute_command("EVAL", script.text, *operands)
         if isinstance(request, Several):
             return await self._send_several(request.calls)
-        script, operands = _command(request, lane)
         try:
-            return await self._client.execute_command("EVALSHA", script.sha, *operands)
-        except NoScriptError:
-            return await self._client.execute_command("EVAL", script.text, *operands)
+            async with self._client.pipeline(transaction=True) as pipe:
+                for command in request.commands:
+                    pipe.execute_command(*command)
+                return await pipe.execute()
+        except OutOfMemoryError:
+            return await self._send(request.instead, None)
 
     async def _send_several(self, calls: Sequence[Call[Any]]) -> list[Any]:
         async with self._client.pipeline(transaction=False) as pipe:
@@ -415,10 +418,6 @@ class AsyncSessionStore(_Store, AsyncExecutor):
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
-
-
-def _is_write(request: Request[Any]) -> bool:
-    return isinstance(request, Call) and request.lane is not None
 
 
 def _command(call: Call[Any], lane: Lane | None) -> tuple[Script, tuple[str | int, ...]]:

@@ -11,6 +11,7 @@ import platform
 import sys
 from pathlib import Path
 
+import bounds
 import imports
 import operations
 import plot
@@ -43,6 +44,8 @@ def main() -> None:
         parts.append(_told(operations.measure(server, *((10, 50) if quick else (40, 200)))))
     with PrivateServer(program) as server, cores_awake():
         parts.append(_told(scale.listings(server, 3 if quick else 15)))
+    with PrivateServer(program) as server, cores_awake():
+        parts.append(_told(bounds.measure(server, *((5, 50) if quick else (40, 200)))))
     sizes = [100, 1_000, 5_000] if quick else [100, 1_000, 10_000, 50_000, 200_000]
     with PrivateServer(program) as server, cores_awake():
         costs, figures = scale.costs(server, sizes, 10 if quick else 50)
