@@ -12,11 +12,14 @@ from logging import NullHandler, getLogger
 
 from sessionstore.errors import (
     InvalidArgumentError,
+    LeaseLostError,
     MetadataLimitError,
     OutcomeUnknownError,
     SchemaMismatchError,
     ServiceSessionInUseError,
+    SessionBusyError,
     SessionExistsError,
+    SessionNotActiveError,
     SessionNotFoundError,
     SessionStatusError,
     SessionStoreError,
@@ -24,7 +27,15 @@ from sessionstore.errors import (
     UnreadableSessionError,
     UnsafeServerError,
 )
-from sessionstore.models import AgentSession, AgentSessionStatus, BufferPage, SessionMetrics
+from sessionstore.lease import AsyncLease, Lease
+from sessionstore.models import (
+    AgentSession,
+    AgentSessionStatus,
+    BufferPage,
+    Reaped,
+    SessionMetrics,
+)
+from sessionstore.reaper import AsyncReaper, Reaper
 from sessionstore.settings import StoreSettings
 from sessionstore.store import AsyncSessionStore, SessionStore
 
@@ -36,15 +47,23 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 __all__ = [
     "AgentSession",
     "AgentSessionStatus",
+    "AsyncLease",
+    "AsyncReaper",
     "AsyncSessionStore",
     "BufferPage",
     "InvalidArgumentError",
+    "Lease",
+    "LeaseLostError",
     "MetadataLimitError",
     "OutcomeUnknownError",
+    "Reaped",
+    "Reaper",
     "SchemaMismatchError",
     "ServiceSessionInUseError",
+    "SessionBusyError",
     "SessionExistsError",
     "SessionMetrics",
+    "SessionNotActiveError",
     "SessionNotFoundError",
     "SessionStatusError",
     "SessionStore",

@@ -10,7 +10,7 @@ be enough: the next page of a listing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar, cast
 
@@ -65,6 +65,10 @@ Request: TypeAlias = Call[T] | Snapshot[T] | Several[T]
 #: For isinstance.
 REQUESTS = (Call, Snapshot, Several)
 
+#: Several round trips with logic between them, written once for both stores: a generator that
+#: yields a request and is sent its result, or yields seconds to sleep.
+Steps: TypeAlias = Generator[Request[Any] | float, Any, T]
+
 
 def then(request: Request[T], use: Callable[[T], U | Request[U]]) -> Request[U]:
     """The same request, its result handed to ``use``."""
@@ -81,6 +85,14 @@ def then(request: Request[T], use: Callable[[T], U | Request[U]]) -> Request[U]:
     if isinstance(request, Several):
         return Several(request.calls, decode)
     return Call(request.script, request.keys, request.args, decode, request.lane)
+
+
+def one_after_another(calls: Sequence[Call[list[T]]]) -> Request[list[T]]:
+    """Writes of several partitions in turn, the items that each gives as one list."""
+    first, *rest = calls
+    if not rest:
+        return first
+    return then(first, lambda some: then(one_after_another(rest), lambda more: [*some, *more]))
 
 
 @dataclass(frozen=True, slots=True)

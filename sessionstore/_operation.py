@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from typing import (
     Any,
     Concatenate,
@@ -22,7 +22,7 @@ from typing import (
     overload,
 )
 
-from sessionstore._call import Call, Feed, Request
+from sessionstore._call import Call, Feed, Request, Steps
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -36,6 +36,10 @@ class SyncExecutor:
         """Carry out a request and return its result."""
         raise NotImplementedError  # each executor has its own
 
+    def carry(self, steps: Steps[T]) -> T:
+        """Carry out step after step and return the result of all."""
+        raise NotImplementedError  # each executor has its own
+
     def drain(self, feed: Feed[T, C]) -> Iterator[T]:
         """Give the items of a feed, page after page."""
         raise NotImplementedError  # each executor has its own
@@ -46,6 +50,12 @@ class AsyncExecutor:
 
     async def execute(self, request: Request[T]) -> T:
         """Carry out a request and return its result."""
+        raise NotImplementedError  # each executor has its own
+
+    async def carry(
+        self, steps: Steps[T], execute: Callable[[Request[Any]], Awaitable[Any]] | None = None
+    ) -> T:
+        """Carry out step after step, each with ``execute``, and return the result of all."""
         raise NotImplementedError  # each executor has its own
 
     def drain(self, feed: Feed[T, C]) -> AsyncIterator[T]:

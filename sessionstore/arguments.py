@@ -105,12 +105,14 @@ def tail(value: Any) -> int | None:
     return None if value is None else whole("tail", value, 0)
 
 
-def seconds(name: str, value: Any) -> float:
+def seconds(name: str, value: Any, least: float = 0, most: float | None = None) -> float:
     """A duration in seconds."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise InvalidArgumentError.of(name, f"must be seconds, not {type(value).__name__}")
     if not 0 <= value < 1e10:  # not NaN, not infinite
         raise InvalidArgumentError.of(name, f"must be a number of seconds from 0 up, not {value}")
+    if value < least or (most is not None and value > most):
+        raise InvalidArgumentError.of(name, f"must be {least:g} to {most:g} seconds, not {value}")
     return float(value)
 
 

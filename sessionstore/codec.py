@@ -6,16 +6,24 @@ in text, with a hash as a list or (RESP 3) as a dict, and nobody further up sees
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pydantic import ValidationError
 
 from sessionstore.errors import UnreadableSessionError, refusal
-from sessionstore.models import ENDED_STATUSES, STATUSES, AgentSession, BufferPage, SessionMetrics
+from sessionstore.models import (
+    ENDED_STATUSES,
+    STATUSES,
+    AgentSession,
+    BufferPage,
+    Reaped,
+    SessionMetrics,
+)
 
 logger = logging.getLogger("sessionstore")
 
@@ -162,3 +170,27 @@ def metrics(replies: Iterable[Sequence[Any]]) -> SessionMetrics:
         sessions_by_type=dict(by_type),
         sessions_by_status=by_status,
     )
+
+
+def reaped(reply: Any) -> list[Reaped]:
+    """What a pass of the reaper tells."""
+    return [
+        Reaped(
+            session_id=told["session_id"],
+            action=told["action"],
+            reason=_REASONS[told["action"]](told),
+            status=told["status"],
+            owner=told.get("owner"),
+        )
+        for told in json.loads(done(reply))
+    ]
+
+
+_REASONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "marked": lambda told: f"the lease of {told['owner']} expired at {told['expired_at']}",
+    "lost": lambda told: (
+        f"the lease of {told['owner']} expired at {told['expired_at']} and was not renewed"
+    ),
+    "terminated": lambda told: f"idle for {told['idle_us'] / 1e6:.0f} s",
+    "deleted": lambda told: f"{told['status']} for {told['ended_us'] / 1e6:.0f} s",
+}

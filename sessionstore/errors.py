@@ -3,6 +3,9 @@
     SessionStoreError
     ├── SessionNotFoundError          SESSION_NOT_FOUND
     ├── SessionStatusError            SESSION_STATUS
+    │   └── SessionNotActiveError     SESSION_NOT_ACTIVE
+    ├── SessionBusyError              SESSION_BUSY
+    ├── LeaseLostError                LEASE_LOST
     ├── SessionExistsError            SESSION_EXISTS
     ├── ServiceSessionInUseError      SERVICE_SESSION_IN_USE
     ├── MetadataLimitError            METADATA_LIMIT
@@ -23,6 +26,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+from datetime import datetime
 from typing import Any, ClassVar
 
 from redis.exceptions import (
@@ -88,6 +92,43 @@ class SessionStatusError(SessionStoreError, code="SESSION_STATUS"):
     @classmethod
     def message(cls, details: dict[str, Any]) -> str:
         return f"session {details['session_id']!r} is {details['status']}; nothing was changed"
+
+
+class SessionNotActiveError(SessionStatusError, code="SESSION_NOT_ACTIVE"):
+    """The session cannot be claimed: its status is not one of those expected."""
+
+
+class SessionBusyError(SessionStoreError, code="SESSION_BUSY"):
+    """Another worker holds the session: ``owner``, for ``expires_in`` seconds unless it renews."""
+
+    @classmethod
+    def from_details(cls, details: dict[str, Any]) -> SessionStoreError:
+        ends, now = (datetime.fromisoformat(details[name]) for name in ("expires_at", "now"))
+        kept = {name: details[name] for name in ("session_id", "status", "owner")}
+        return super().from_details(kept | {"expires_in": (ends - now).total_seconds()})
+
+    @classmethod
+    def message(cls, details: dict[str, Any]) -> str:
+        return (
+            f"session {details['session_id']!r} is held by {details['owner']}, whose lease runs "
+            f"for another {details['expires_in']:.1f} s unless renewed; nothing was changed"
+        )
+
+
+class LeaseLostError(SessionStoreError, code="LEASE_LOST"):
+    """This worker's lease on the session has been ended by others; nothing was changed.
+
+    ``owner`` is who holds the session now, if anybody does.
+    """
+
+    @classmethod
+    def message(cls, details: dict[str, Any]) -> str:
+        owner, status = details.get("owner"), details.get("status")
+        now = f"held by {owner}" if owner else f"{status} and held by nobody" if status else "gone"
+        return (
+            f"the lease on session {details['session_id']!r} has been lost: the session is now "
+            f"{now}; nothing was changed"
+        )
 
 
 class SessionExistsError(SessionStoreError, code="SESSION_EXISTS"):

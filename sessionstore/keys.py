@@ -64,6 +64,7 @@ class Keys:
         self.ended = f"{prefix}ended"
         self.leases = f"{prefix}leases"
         self.events = f"{prefix}events"
+        self.reaping = f"{prefix}reaping"
 
     def session(self, session_id: str) -> str:
         # No session's id has a colon. One that a caller asks for may, and must then not name

@@ -67,6 +67,22 @@ class SessionMetrics(BaseModel, frozen=True):
     )
 
 
+class Reaped(BaseModel, frozen=True):
+    """What ``reap`` has done with a session, or with ``dry_run`` would do, and why.
+
+    ``action``: ``marked`` (its lease has expired; a later pass ends it unless it is renewed),
+    ``lost`` (its worker is: the session is ``error`` now), ``terminated`` (it was idle) or
+    ``deleted`` (it had ended, and its time was over). ``status`` is what it had been, ``owner``
+    the lost worker.
+    """
+
+    session_id: str
+    action: Literal["marked", "lost", "terminated", "deleted"]
+    reason: str
+    status: AgentSessionStatus
+    owner: str | None = None
+
+
 class BufferPage(BaseModel, frozen=True):
     """A stretch of a buffer.
 

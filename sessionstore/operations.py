@@ -10,11 +10,11 @@ First the twelve methods of the TypeScript original, under their own names; then
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sessionstore import arguments as check
 from sessionstore import codec, reading
-from sessionstore._call import Call, Feed, Request, Several, then
+from sessionstore._call import Call, Feed, Request, Several, one_after_another, then
 from sessionstore._operation import feed, operation
 from sessionstore.errors import SessionNotFoundError
 from sessionstore.keys import Keys, Keyspace, new_session_id
@@ -24,9 +24,15 @@ from sessionstore.models import (
     AgentSession,
     AgentSessionStatus,
     BufferPage,
+    Reaped,
     SessionMetrics,
 )
 from sessionstore.settings import StoreSettings
+
+if TYPE_CHECKING:
+    from sessionstore.lease import Leases
+
+MOST_REAPED = 1000  # of each kind in one pass
 
 
 class SessionOperations:
@@ -35,6 +41,7 @@ class SessionOperations:
     settings: StoreSettings
     keyspace: Keyspace
     redact: Callable[[str], str] | None
+    _leases: Leases
 
     # ---- The original ---------------------------------------------------------------------
 
@@ -106,6 +113,7 @@ class SessionOperations:
                 keys.activity,
                 keys.ended,
                 keys.events,
+                keys.leases,
                 *indexes,
             ),
             args=(
@@ -114,6 +122,8 @@ class SessionOperations:
                 "1" if unique else "",
                 status,
                 type,
+                self._leases.worker,
+                _microseconds(self.settings.retention),
                 *(part for pair in stored.items() for part in pair),
             ),
             decode=decode,
@@ -168,36 +178,47 @@ class SessionOperations:
         status: AgentSessionStatus,
         *,
         expected: AgentSessionStatus | Iterable[AgentSessionStatus] | None = None,
+        force: bool = False,
     ) -> Call[None]:
         """Set a session's status; this is activity of the session.
+
+        Any status but ``busy`` gives back a session that this worker has claimed.
 
         Args:
             session_id: the session.
             status: the new status.
             expected: the status, or statuses, that it must have now; None any.
+            force: even if another worker holds it; this ends that worker's lease.
 
         Raises:
             SessionNotFoundError: there is no such session.
             SessionStatusError: its status is not among ``expected``; nothing was changed.
+            SessionBusyError: another worker holds it; nothing was changed.
+            LeaseLostError: this worker has claimed it and lost it; nothing was changed.
         """
         keys, session_id = self._locate(session_id)
         status = check.status("status", status)
+        fence = self._leases.fence_of(session_id)
+        ends = force or status != "busy"
         return Call(
             "update_status",
             keys=(
                 keys.session(session_id),
                 keys.activity,
                 keys.ended,
+                keys.leases,
                 keys.events,
                 keys.by_status(status),
             ),
             args=(
                 session_id,
                 keys.prefix,
+                "force" if force else fence,
+                self._leases.worker,
                 status,
                 *(() if expected is None else check.statuses("expected", expected)),
             ),
-            decode=_nothing,
+            decode=self._leases.guarded(session_id, fence, _nothing, ends=ends),
             lane=keys.lane,
         )
 
@@ -231,6 +252,8 @@ class SessionOperations:
 
         Raises:
             SessionNotFoundError: there is no such session.
+            SessionBusyError: another worker holds it; nothing was added.
+            LeaseLostError: this worker has claimed it and lost it; nothing was added.
         """
         return self._append("add_output", session_id, chunks)
 
@@ -240,13 +263,22 @@ class SessionOperations:
         return self._append("add_error", session_id, chunks)
 
     @operation
-    def delete_session(self, session_id: str) -> Call[bool]:
+    def delete_session(self, session_id: str, *, force: bool = False) -> Call[bool]:
         """Delete a session with its buffers.
+
+        Args:
+            session_id: the session.
+            force: even if another worker holds it.
 
         Returns:
             True if it was deleted, False if there was no such session.
+
+        Raises:
+            SessionBusyError: another worker holds it; nothing was deleted.
+            LeaseLostError: this worker has claimed it and lost it; nothing was deleted.
         """
         keys, session_id = self._locate(session_id)
+        fence = self._leases.fence_of(session_id)
         return Call(
             "delete_session",
             keys=(
@@ -260,8 +292,15 @@ class SessionOperations:
                 keys.types,
                 keys.events,
             ),
-            args=(session_id, keys.prefix),
-            decode=lambda reply: codec.done(reply) == "1",
+            args=(
+                session_id,
+                keys.prefix,
+                "force" if force else fence,
+                self._leases.worker,
+            ),
+            decode=self._leases.guarded(
+                session_id, fence, lambda reply: codec.done(reply) == "1", ends=True
+            ),
             lane=keys.lane,
         )
 
@@ -411,6 +450,66 @@ class SessionOperations:
         )
 
     @operation
+    def reap(
+        self,
+        *,
+        idle_for: float | None = None,
+        ended_for: float | None = None,
+        limit: int = 100,
+        dry_run: bool = False,
+    ) -> Request[list[Reaped]]:
+        """End what is dead, once; any worker may do so at any time.
+
+        A session whose lease has expired is marked, and ended by a later pass unless its worker has
+        renewed the lease: between one and three times ``reap_grace`` after the mark, for an older
+        mark may be from before an outage in which nobody could renew. It becomes ``error``, with a
+        line in its error buffer that names the lost worker.
+
+        Args:
+            idle_for: sessions that nobody holds and that have had no activity for so many seconds
+                become ``terminated``; None leaves them alone.
+            ended_for: sessions that ended so many seconds ago are deleted; None: after the
+                ``retention`` of the store's settings, if it has one.
+            limit: at most so many of each kind, 1 to 1,000, in each partition.
+            dry_run: change nothing, tell what would be done.
+        """
+        if idle_for is not None:
+            idle_for = check.seconds("idle_for", idle_for)
+        ended_for = (
+            self.settings.retention if ended_for is None else check.seconds("ended_for", ended_for)
+        )
+        check.whole("limit", limit, 1, MOST_REAPED)
+
+        def of_partition(keys: Keys) -> Call[list[Reaped]]:
+            return Call(
+                "reap",
+                keys=(
+                    keys.sessions,
+                    keys.types,
+                    keys.activity,
+                    keys.ended,
+                    keys.leases,
+                    keys.events,
+                    keys.reaping,
+                ),
+                args=(
+                    keys.prefix,
+                    self._leases.worker,
+                    round(self.settings.reap_grace * 1000),
+                    _microseconds(idle_for),
+                    _microseconds(ended_for),
+                    limit,
+                    "1" if dry_run else "",
+                    self.settings.buffer_limit,
+                    self.settings.buffer_bytes,
+                ),
+                decode=codec.reaped,
+                lane=keys.lane,
+            )
+
+        return one_after_another([of_partition(keys) for keys in self.keyspace.all])
+
+    @operation
     def ping(self) -> Call[bool]:
         """True if the server answers and runs scripts; redis-py's exception if it does not."""
         return Call("ping", keys=(self.keyspace.meta,), args=(), decode=bool)
@@ -437,6 +536,7 @@ class SessionOperations:
     ) -> Call[int]:
         keys, session_id = self._locate(session_id)
         buffer = keys.output if script == "add_output" else keys.errors
+        fence = self._leases.fence_of(session_id)
         return Call(
             script,
             keys=(keys.session(session_id), buffer(session_id), keys.activity),
@@ -444,9 +544,10 @@ class SessionOperations:
                 session_id,
                 self.settings.buffer_limit,
                 self.settings.buffer_bytes,
+                fence,
                 *check.chunks(chunks, self.redact, self.settings.chunk_limit),
             ),
-            decode=lambda reply: int(codec.done(reply)),
+            decode=self._leases.guarded(session_id, fence, lambda reply: int(codec.done(reply))),
             lane=keys.lane,
         )
 
@@ -486,6 +587,10 @@ class SessionOperations:
     ) -> Request[list[AgentSession]]:
         """All sessions that match, page after page."""
         return self._listing(filters, order=order, limit=limit, tail=tail).feed().collect()
+
+
+def _microseconds(seconds: float | None) -> int | str:
+    return "" if seconds is None else round(seconds * 1_000_000)
 
 
 def _nothing(reply: Any) -> None:

@@ -30,6 +30,9 @@ class SettingsArguments(TypedDict, total=False):
     deadline: float
     max_connections: int
     allow_eviction: bool
+    worker: str
+    reap_grace: float
+    retention: float | None
 
 
 class StoreSettings(BaseModel, frozen=True, extra="forbid"):
@@ -64,6 +67,23 @@ class StoreSettings(BaseModel, frozen=True, extra="forbid"):
     allow_eviction: Annotated[
         bool, Field(description="open a store on a server that may evict any key")
     ] = False
+    worker: Annotated[
+        str,
+        Field(
+            pattern=r"^[A-Za-z0-9_.-]{0,64}$",
+            description="label in this worker's name, after host and process id",
+        ),
+    ] = ""
+    reap_grace: Annotated[
+        float,
+        Field(gt=0, le=3600, description="seconds a worker has to renew an expired lease"),
+    ] = 10.0
+    retention: Annotated[
+        float | None,
+        Field(
+            ge=0, lt=1e10, description="seconds that ended sessions are kept; None = until deleted"
+        ),
+    ] = None
 
     @field_validator("partitions", mode="before")
     @classmethod

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar, Unpack, cast
@@ -19,7 +19,7 @@ import redis.asyncio
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 
 from sessionstore import connecting, opening
-from sessionstore._call import REQUESTS, Call, Feed, Request, Several, Snapshot
+from sessionstore._call import REQUESTS, Call, Feed, Request, Several, Snapshot, Steps
 from sessionstore._operation import AsyncExecutor, SyncExecutor
 from sessionstore.attempts import Attempts
 from sessionstore.errors import (
@@ -29,6 +29,8 @@ from sessionstore.errors import (
 )
 from sessionstore.keys import Keyspace
 from sessionstore.lanes import Lane, Lanes
+from sessionstore.lease import DEFAULT_TTL, AsyncClaim, Lease, TaskLeases, ThreadLeases
+from sessionstore.models import AgentSessionStatus
 from sessionstore.operations import SessionOperations
 from sessionstore.scripts import Script, load
 from sessionstore.settings import SettingsArguments, StoreSettings
@@ -66,6 +68,11 @@ class _Store(SessionOperations):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of namespace {self.settings.namespace!r}>"
+
+    @property
+    def worker(self) -> str:
+        """This worker's name, ``host:pid`` or ``host:pid:label``: the owner of what it claims."""
+        return self._leases.worker
 
     def _attempts(self, request: Request[Any], began: float, *, is_repeat: bool) -> Attempts:
         match request:
@@ -133,6 +140,7 @@ class SessionStore(_Store, SyncExecutor):
     ) -> None:
         loaded = StoreSettings.load(**settings)
         super().__init__(own_client=client is None, redact=redact, settings=loaded)
+        self._leases = ThreadLeases(self, self, loaded.worker)
         self._client = (
             connecting.connect(connecting.url_from_environment(), loaded)
             if client is None
@@ -160,6 +168,37 @@ class SessionStore(_Store, SyncExecutor):
         store._own_client = True
         return store
 
+    def claim(
+        self,
+        session_id: str,
+        *,
+        ttl: float = DEFAULT_TTL,
+        wait: float = 0.0,
+        expected: AgentSessionStatus | Iterable[AgentSessionStatus] = ("active",),
+    ) -> Lease:
+        """Make a session this worker's, and ``busy``, until it is given back.
+
+        Use it as ``with store.claim(session_id) as lease:``, or keep the lease and release it.
+        Meanwhile it is renewed in the background, and other workers' writes to the session are
+        refused. One worker is one store object: its threads share its leases.
+
+        Args:
+            session_id: the session.
+            ttl: seconds that the lease lasts when it is not renewed, 0.1 to 86,400. A worker that
+                dies keeps the session for so long.
+            wait: seconds to go on trying while another worker holds the session, or its status is
+                not among ``expected`` and may come to be.
+            expected: the status, or statuses, that it must have; a session on which a lease has
+                expired is taken in any case.
+
+        Raises:
+            SessionNotFoundError: there is no such session.
+            SessionBusyError: another worker holds it; names the holder and how long for.
+            SessionNotActiveError: its status is not among ``expected``.
+        """
+        lease: Lease = self.carry(self._leases.claiming(session_id, ttl, wait, expected))
+        return lease
+
     def execute(self, request: Request[T]) -> T:
         """Carry out a request, and those that follow from it."""
         result: T | Request[T] = request
@@ -168,6 +207,27 @@ class SessionStore(_Store, SyncExecutor):
             lane = None if following.lane is None else self._lanes.take()
             result = self._carry_out(following, lane)
         return result
+
+    def carry(self, steps: Steps[T]) -> T:
+        """Carry out step after step."""
+        value: Any = None
+        failure: Exception | None = None
+        try:
+            while True:
+                step = steps.send(value) if failure is None else steps.throw(failure)
+                value, failure = None, None
+                if not isinstance(step, REQUESTS):
+                    time.sleep(step)
+                    continue
+                try:
+                    value = self.execute(step)
+                except Exception as error:
+                    failure = error
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        finally:
+            steps.close()
 
     def drain(self, feed: Feed[T, C]) -> Iterator[T]:
         """Give a feed's items, reading a page when the one before has been given."""
@@ -257,7 +317,8 @@ class SessionStore(_Store, SyncExecutor):
             raise
 
     def close(self) -> None:
-        """Close the connections that the store has opened."""
+        """Give back the sessions it holds, and close the connections that it has opened."""
+        self.carry(self._leases.giving_all_back())
         self._closed, self._checked = True, False
         if self._own_client:
             self._client.close()
@@ -285,6 +346,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
     ) -> None:
         loaded = StoreSettings.load(**settings)
         super().__init__(own_client=client is None, redact=redact, settings=loaded)
+        self._leases = self._tasks = TaskLeases(self, self, loaded.worker)
         self._client = (
             connecting.connect_async(connecting.url_from_environment(), loaded)
             if client is None
@@ -306,6 +368,22 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         store._own_client = True
         return store
 
+    def claim(
+        self,
+        session_id: str,
+        *,
+        ttl: float = DEFAULT_TTL,
+        wait: float = 0.0,
+        expected: AgentSessionStatus | Iterable[AgentSessionStatus] = ("active",),
+    ) -> AsyncClaim:
+        """Make a session this worker's; see ``SessionStore.claim``.
+
+        Use it as ``async with store.claim(session_id) as lease:``, or
+        ``lease = await store.claim(session_id)``. If the awaiting task is cancelled, the session is
+        not held.
+        """
+        return AsyncClaim(self._tasks, self._leases.claiming(session_id, ttl, wait, expected))
+
     async def execute(self, request: Request[T]) -> T:
         """Carry out a request, and those that follow from it."""
         self._refuse_other_loop()
@@ -324,6 +402,30 @@ class AsyncSessionStore(_Store, AsyncExecutor):
             raise SessionStoreError(
                 "this store belongs to another event loop; make one store per loop"
             )
+
+    async def carry(
+        self, steps: Steps[T], execute: Callable[[Request[Any]], Awaitable[Any]] | None = None
+    ) -> T:
+        """Carry out step after step."""
+        execute = execute or self.execute
+        value: Any = None
+        failure: Exception | None = None
+        try:
+            while True:
+                step = steps.send(value) if failure is None else steps.throw(failure)
+                value, failure = None, None
+                if not isinstance(step, REQUESTS):
+                    await asyncio.sleep(step)
+                    continue
+                try:
+                    value = await execute(step)
+                except Exception as error:
+                    failure = error
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        finally:
+            steps.close()
 
     async def drain(self, feed: Feed[T, C]) -> AsyncIterator[T]:
         """Give a feed's items, reading a page when the one before has been given."""
@@ -407,7 +509,8 @@ class AsyncSessionStore(_Store, AsyncExecutor):
             raise
 
     async def close(self) -> None:
-        """Close the connections that the store has opened."""
+        """Give back the sessions it holds, and close the connections that it has opened."""
+        await self.carry(self._leases.giving_all_back())
         self._closed, self._checked = True, False
         if self._own_client:
             with suppress(RuntimeError):  # redis-py's, if the loop of the store has ended

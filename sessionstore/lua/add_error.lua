@@ -2,8 +2,8 @@
 --
 -- KEYS    1 lane  2 session  3 its list of errors  4 activity
 -- ARGV    1 sequence  2 session id  3 most entries kept, 0 = no bound
---         4 most bytes kept, 0 = no bound  5… the chunks
+--         4 most bytes kept, 0 = no bound  5 fence  6… the chunks
 -- Returns ok <entries ever added>
--- Errors  SESSION_NOT_FOUND
---- @include once, clock, status, append
+-- Errors  SESSION_NOT_FOUND  LEASE_LOST  SESSION_BUSY
+--- @include once, clock, status, lease, fence, append
 return append('error')

@@ -2,48 +2,30 @@
 --
 -- KEYS    1 lane  2 session  3 output  4 errors  5 sessions  6 activity  7 ended  8 leases
 --         9 types  10 events
--- ARGV    1 sequence  2 session id  3 prefix of all keys
+-- ARGV    1 sequence  2 session id  3 prefix of all keys  4 fence  5 actor
 -- Returns ok 1, or ok 0 if there was no such session
+-- Errors  LEASE_LOST  SESSION_BUSY
 -- Event   deleted
---- @include once, types, event
-local session, output, errors, sessions = KEYS[2], KEYS[3], KEYS[4], KEYS[5]
-local activity, ended, leases, types, events = KEYS[6], KEYS[7], KEYS[8], KEYS[9], KEYS[10]
-local id, index = ARGV[2], ARGV[3] .. 'sessions:'
+--- @include once, clock, types, lease, fence, removal, event
+local session, sessions, activity, ended = KEYS[2], KEYS[5], KEYS[6], KEYS[7]
+local leases, types, events = KEYS[8], KEYS[9], KEYS[10]
+local id, prefix, given, actor = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 
-local stored = redis.call('HMGET', session,
-  'type', 'status', 'service_session_id', 'task_id', 'mcp_session_id', 'owner')
-local type, status, service, task, mcp, owner = unpack(stored, 1, 6)
+local removal = removal_of(prefix, id)
 if redis.call('EXISTS', session) == 0 then
   run_at_full_memory()
   return done('0')
 end
-local index_sets = {}
-local function listed_in(name, value)
-  if value then
-    index_sets[#index_sets + 1] = index .. name .. ':' .. value
-  end
+local refused = fenced_off(given, id, removal.status or nil,
+  unpack(redis.call('HMGET', session, unpack(LEASE_FIELDS)), 1, 3))
+if refused then
+  return refused
 end
-listed_in('type', type)
-listed_in('status', status)
-listed_in('service', service)
-listed_in('task', task)
-listed_in('mcp', mcp)
-listed_in('owner', owner)
-must_be('set', types, unpack(index_sets))
+must_be('set', types, unpack(removal.sets))
 must_be('zset', sessions, activity, ended, leases)
 must_be('stream', events)
 
 run_at_full_memory()
-redis.call('UNLINK', session, output, errors)
-redis.call('ZREM', sessions, id)
-redis.call('ZREM', activity, id)
-redis.call('ZREM', ended, id)
-redis.call('ZREM', leases, id)
-for _, set in ipairs(index_sets) do
-  redis.call('SREM', set, id)
-end
-if type and redis.call('EXISTS', index .. 'type:' .. type) == 0 then
-  redis.call('SREM', types, type)
-end
-event(events, 'deleted', id, type or '', 'old_status', status or '')
+remove(prefix, id, removal)
+event(events, 'deleted', id, removal.type, actor, 'old_status', removal.status or '')
 return done('1')

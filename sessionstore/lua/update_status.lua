@@ -1,20 +1,26 @@
--- update_status: move a session from its status to another.
+-- update_status: move a session from its status to another; any but busy ends its lease.
 --
--- KEYS    1 lane  2 session  3 activity  4 ended  5 events  6 index set of the new status
--- ARGV    1 sequence  2 session id  3 prefix of all keys  4 new status
---         5… the statuses it may have now; none = any
+-- KEYS    1 lane  2 session  3 activity  4 ended  5 leases  6 events
+--         7 index set of the new status
+-- ARGV    1 sequence  2 session id  3 prefix of all keys  4 fence  5 actor  6 new status
+--         7… the statuses it may have now; none = any
 -- Returns ok
--- Errors  SESSION_NOT_FOUND  SESSION_STATUS
--- Event   status_changed
---- @include once, clock, types, status, event
-local session, activity, ended, events, new_index = KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local id, prefix, new = ARGV[2], ARGV[3], ARGV[4]
-local FIRST_EXPECTED = 5
+-- Errors  SESSION_NOT_FOUND  LEASE_LOST  SESSION_BUSY  SESSION_STATUS
+-- Event   status_changed released
+--- @include once, clock, types, status, move, lease, fence, event
+local session, activity, ended, leases, events = KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local new_index = KEYS[7]
+local id, prefix, given, actor, new = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local FIRST_EXPECTED = 7
 
-local stored = redis.call('HMGET', session, 'status', 'type')
-local old, type = stored[1], stored[2]
+local old, type, owner, fence, expires_at =
+  unpack(redis.call('HMGET', session, 'status', 'type', unpack(LEASE_FIELDS)), 1, 5)
 if not old then
   return refuse('SESSION_NOT_FOUND', {session_id = id})
+end
+local refused = fenced_off(given, id, old, owner, fence, expires_at)
+if refused then
+  return refused
 end
 local expected = #ARGV < FIRST_EXPECTED
 for i = FIRST_EXPECTED, #ARGV do
@@ -23,25 +29,21 @@ end
 if not expected then
   return refuse('SESSION_STATUS', {session_id = id, status = old})
 end
-local old_index = prefix .. 'sessions:status:' .. old
-must_be('zset', activity, ended)
-must_be('set', old_index, new_index)
+must_be('zset', activity, ended, leases)
+must_be('set', prefix .. 'sessions:status:' .. old, new_index)
 must_be('stream', events)
+local released = owner and (new ~= 'busy' or given == 'force')
+if released then
+  must_be('set', prefix .. 'sessions:owner:' .. owner)
+end
 
 run_at_full_memory()
 redis.call('HSET', session, 'status', new, 'last_activity', iso(now_us))
-if ENDED[new] then
-  redis.call('ZREM', activity, id)
-  if not ENDED[old] then
-    redis.call('ZADD', ended, integer(now_us), id)
-  end
-else
-  redis.call('ZREM', ended, id)
-  redis.call('ZADD', activity, integer(now_us), id)
-end
-if old ~= new then
-  redis.call('SREM', old_index, id)
-  redis.call('SADD', new_index, id)
-  event(events, 'status_changed', id, type or '', 'old_status', old, 'status', new)
+move(prefix, id, old, new)
+if released then
+  end_lease(prefix, id, owner)
+  event(events, 'released', id, type, actor, 'old_status', old, 'status', new, 'owner', owner)
+elseif old ~= new then
+  event(events, 'status_changed', id, type, actor, 'old_status', old, 'status', new)
 end
 return done()

@@ -1,7 +1,8 @@
 -- append: what add_output and add_error share; their headers name KEYS and ARGV.
 local session, list, activity = KEYS[2], KEYS[3], KEYS[4]
 local id, most_entries, most_bytes = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
-local FIRST_CHUNK = 5
+local given = ARGV[5]
+local FIRST_CHUNK = 6
 local ENTRY_OVERHEAD = 16   -- bytes counted for each entry beside its text
 local MORE_TRIMMED = 1000   -- one append trims at most what it added and this many entries
 local SLICE = 4000          -- Lua's unpack fails somewhere above 5,000 values
@@ -24,10 +25,15 @@ end
 
 local function append(buffer)
   local total_field, bytes_field = buffer .. '_total', buffer .. '_bytes'
-  local stored = redis.call('HMGET', session, 'status', total_field, bytes_field)
-  local status = stored[1]
+  local stored = redis.call('HMGET', session, 'status', total_field, bytes_field,
+    unpack(LEASE_FIELDS))
+  local status, owner = stored[1], stored[4]
   if not status then
     return refuse('SESSION_NOT_FOUND', {session_id = id})
+  end
+  local refused = (owner or given ~= '') and fenced_off(given, id, status, unpack(stored, 4, 6))
+  if refused then
+    return refused
   end
   redis.call('LLEN', list)   -- fails here, before the first write, if it is no list
   local added = #ARGV - FIRST_CHUNK + 1
