@@ -89,10 +89,19 @@ def then(request: Request[T], use: Callable[[T], U | Request[U]]) -> Request[U]:
 
 def one_after_another(calls: Sequence[Call[list[T]]]) -> Request[list[T]]:
     """Writes of several partitions in turn, the items that each gives as one list."""
-    first, *rest = calls
-    if not rest:
-        return first
-    return then(first, lambda some: then(one_after_another(rest), lambda more: [*some, *more]))
+    items: list[T] = []
+
+    def following(number: int) -> Call[list[T]]:
+        call = calls[number]
+
+        def decode(reply: Any) -> list[T] | Request[list[T]]:
+            some: Any = call.decode(reply)
+            items.extend(some)
+            return items if number + 1 == len(calls) else following(number + 1)
+
+        return Call(call.script, call.keys, call.args, decode, call.lane)
+
+    return following(0)
 
 
 @dataclass(frozen=True, slots=True)

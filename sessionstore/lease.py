@@ -26,6 +26,7 @@ import asyncio
 import atexit
 import json
 import logging
+import math
 import os
 import random
 import socket
@@ -35,7 +36,7 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeGuard, TypeVar
 from weakref import WeakSet
 
 from redis.exceptions import RedisError
@@ -168,7 +169,7 @@ class HeldLease:
         if self._released:
             return
         try:
-            if error is not None and self._lost is None:
+            if self._lost is None and _is_worth_telling(error):
                 yield from self._telling(error)
             if self._lost is None:
                 yield self._leases.request("update_status", self.session_id, "active")
@@ -218,11 +219,12 @@ class Leases:
         _alive.add(self)
 
     def start_afresh(self) -> None:
-        """Hold nothing; also in a forked child, which is another worker."""
+        """Hold nothing."""
         self.worker = f"{socket.gethostname()}:{os.getpid()}"
         self.worker += f":{self._label}" if self._label else ""
         self.lock = threading.Lock()
         self._held: dict[str, HeldLease] = {}
+        self._wakes_at = math.inf  # time.monotonic() of the next round of renewals
 
     def held(self) -> list[HeldLease]:
         """The leases that are in force, as far as this process knows."""
@@ -275,13 +277,14 @@ class Leases:
         with self.lock:
             before = self._held.get(grant.session_id)
             self._held[grant.session_id] = lease
+            sooner = lease._renew_at < self._wakes_at  # pyright: ignore[reportPrivateUsage]
         if before is not None:
             self.lose(before, _lost({"session_id": grant.session_id, "owner": self.worker}))
-        self.renew_in_background()
+        self.renew_in_background(sooner=sooner)
         return lease
 
-    def renew_in_background(self) -> None:
-        """See to it that the leases are renewed from now on."""
+    def renew_in_background(self, *, sooner: bool) -> None:
+        """See to it that leases are renewed; ``sooner``: one is due before the next round."""
         raise NotImplementedError  # a thread or a task
 
     def end_renewal(self) -> None:
@@ -387,13 +390,16 @@ class Leases:
         One round trip renews all leases of a partition that are due about now. Those that get no
         answer are due again soon.
         """
-        held = [lease for lease in self.held() if not lease.lost]
-        if not held:
-            return None
         now = time.monotonic()
-        pause = min(lease._renew_at for lease in held) - now  # pyright: ignore[reportPrivateUsage]
-        if pause > 0:
-            return pause, []
+        with self.lock:
+            held = [lease for lease in self._held.values() if not lease.lost]
+            if not held:
+                self._wakes_at = math.inf
+                return None
+            due_at = min(lease._renew_at for lease in held)  # pyright: ignore[reportPrivateUsage]
+            self._wakes_at = max(due_at, now)
+        if due_at > now:
+            return due_at - now, []
         by_partition: dict[str, list[HeldLease]] = defaultdict(list)
         for lease in held:
             if lease._renew_at - now < lease.ttl * RENEWED_AFTER / 2:  # pyright: ignore[reportPrivateUsage]
@@ -410,6 +416,13 @@ def _lost(details: dict[str, Any]) -> LeaseLostError:
     error = LeaseLostError.from_details(details)
     assert isinstance(error, LeaseLostError)
     return error
+
+
+def _is_worth_telling(error: BaseException | None) -> TypeGuard[BaseException]:
+    """Not that a generator was closed, or that the program asked for its own good end."""
+    if isinstance(error, SystemExit):
+        return bool(error.code)
+    return error is not None and not isinstance(error, GeneratorExit)
 
 
 def _message(error: BaseException) -> str:
@@ -429,7 +442,10 @@ _alive: WeakSet[Leases] = WeakSet()
 
 
 def _after_fork() -> None:
+    """The leases stay the parent's: in the child, which is another worker, they are over."""
     for leases in list(_alive):
+        for lease in leases._held.values():  # pyright: ignore[reportPrivateUsage]
+            lease._released = True  # pyright: ignore[reportPrivateUsage]
         leases.start_afresh()
 
 
@@ -492,14 +508,15 @@ class ThreadLeases(Leases):
         self._thread: threading.Thread | None = None
         self._news = threading.Event()
 
-    def renew_in_background(self) -> None:
+    def renew_in_background(self, *, sooner: bool) -> None:
         with self.lock:
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._renew, name="sessionstore-leases", daemon=True
                 )
                 self._thread.start()
-        self._news.set()
+        if sooner:
+            self._news.set()
 
     def end_renewal(self) -> None:
         with self.lock:
@@ -587,10 +604,11 @@ class TaskLeases(Leases):
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def renew_in_background(self) -> None:
+    def renew_in_background(self, *, sooner: bool) -> None:
         if self._task is None or self._task.done():
             self._task = self.in_background(self._renew())
-        self._news.set()
+        if sooner:
+            self._news.set()
 
     def end_renewal(self) -> None:
         self._held.clear()
@@ -614,14 +632,17 @@ class AsyncClaim:
 
     def __init__(self, leases: TaskLeases, steps: Steps[Any]) -> None:
         self._leases = leases
-        self._steps = steps
+        self._steps: Steps[Any] | None = steps
         self._lease: AsyncLease | None = None
 
     def __await__(self) -> Generator[Any, Any, AsyncLease]:
         return self._take().__await__()
 
     async def _take(self) -> AsyncLease:
-        lease: AsyncLease = await self._leases.executor.carry(self._steps, self._attempt)
+        steps, self._steps = self._steps, None
+        if steps is None:
+            raise SessionStoreError("a claim can be awaited once; claim again")
+        lease: AsyncLease = await self._leases.executor.carry(steps, self._attempt)
         return lease
 
     async def _attempt(self, request: Request[AsyncLease]) -> AsyncLease:

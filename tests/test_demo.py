@@ -17,6 +17,7 @@ from waiting import until
 
 from sessionstore import SessionStore
 from sessionstore._server import PrivateServer
+from sessionstore.cli.demo.accident import Accident
 from sessionstore.cli.demo.verify import verify
 
 PROGRAM = str(Path(sys.executable).with_name("sessionstore"))
@@ -61,6 +62,10 @@ def test_the_built_in_demo_verifies_itself() -> None:
     assert summary["sessions"] >= 14
     assert summary["lines"] > 5000
     assert summary["seconds"] < 30
+    rescued = summary["rescued"]
+    assert rescued["killed_worker"] != rescued["finished_by_worker"] > 0
+    # The lease has two seconds to expire, the grace period is one.
+    assert 1 < rescued["seconds_until_error"] < 15
     assert set(summary["exit_codes"]) >= {"0", "3"}
 
 
@@ -177,6 +182,55 @@ class TestVerifyItself:
                 for key in client.scan_iter(f"{{{namespace}}}:*"):
                     client.unlink(key)
                 client.close()
+
+    def findings_after_a_kill(
+        self, server: PrivateServer, tmp_path: Path, stored: list[str], errors: list[str]
+    ) -> list[str]:
+        """A worker was killed when two of its entries were stored; its job prints ``a b c``."""
+        namespace = "test-verify-kill"
+        with (
+            redis.Redis.from_url(server.url) as client,
+            SessionStore.from_url(server.url, namespace=namespace) as store,
+        ):
+            session = store.create_session("claude", "s", "/src", status="busy")
+            store.add_output(session.id, *stored)
+            if errors:
+                store.add_error(session.id, *errors)
+            store.update_metadata(session.id, {"exit_code": "0"})
+            store.update_status(session.id, "terminated")
+            (tmp_path / f"{session.id}.1").write_text("a\nb\nc\n")
+            (tmp_path / f"{session.id}.1.again").write_text("a\nb\nc\n")
+            accident = Accident(session_id=session.id, lost_owner="host:7:blue", kept=(2, 0))
+            try:
+                return verify(server.url, namespace, tmp_path, {session.id: 0}, accident).problems
+            finally:
+                for key in client.scan_iter(f"{{{namespace}}}:*"):
+                    client.unlink(key)
+
+    @pytest.mark.parametrize("first_try", [["a", "b"], ["a", "b", "c"]])
+    def test_what_a_killed_worker_had_not_stored_yet_may_be_missing(
+        self, server: PrivateServer, tmp_path: Path, first_try: list[str]
+    ) -> None:
+        lost = ["worker host:7:blue was lost"]
+        stored = [*first_try, "a", "b", "c"]
+        assert self.findings_after_a_kill(server, tmp_path, stored, lost) == []
+
+    @pytest.mark.parametrize(
+        ("stored", "errors"),
+        [
+            ("a abc", ["worker host:7:blue was lost"]),  # one that had surely been stored
+            ("ab ac", ["worker host:7:blue was lost"]),  # one of the second try
+            ("ab abbc", ["worker host:7:blue was lost"]),
+            ("ba abc", ["worker host:7:blue was lost"]),
+            ("ab abc", []),
+            ("ab abc", ["worker host:8:green was lost"]),
+        ],
+    )
+    def test_damage_around_a_kill_is_found(
+        self, server: PrivateServer, tmp_path: Path, stored: str, errors: list[str]
+    ) -> None:
+        entries = list(stored.replace(" ", ""))
+        assert self.findings_after_a_kill(server, tmp_path, entries, errors) != []
 
     def test_nothing_is_found_where_nothing_is_wrong(
         self, server: PrivateServer, tmp_path: Path

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import bounds
 import imports
+import leases
 import operations
 import plot
 import redis
@@ -44,6 +45,8 @@ def main() -> None:
         parts.append(_told(operations.measure(server, *((10, 50) if quick else (40, 200)))))
     with PrivateServer(program) as server, cores_awake():
         parts.append(_told(scale.listings(server, 3 if quick else 15)))
+    with PrivateServer(program) as server, cores_awake():
+        parts.append(_told(leases.measure(server, *((10, 50) if quick else (40, 200)))))
     with PrivateServer(program) as server, cores_awake():
         parts.append(_told(bounds.measure(server, *((5, 50) if quick else (40, 200)))))
     sizes = [100, 1_000, 5_000] if quick else [100, 1_000, 10_000, 50_000, 200_000]

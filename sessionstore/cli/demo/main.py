@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from signal import SIGKILL
 from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
-from sessionstore import SessionStore
+from sessionstore import Reaper, SessionStore
 from sessionstore._server import PrivateServer, find_program
 from sessionstore.cli.demo import show
+from sessionstore.cli.demo.accident import Accident, Stage
 from sessionstore.cli.demo.jobs import built_in_jobs, jobs_from
 from sessionstore.cli.demo.verify import Findings, plain_client, verify
-from sessionstore.cli.demo.worker import Job
+from sessionstore.cli.demo.worker import REAP_GRACE, Job
 from sessionstore.cli.failures import naming_the_server
 from sessionstore.connecting import URL_VARIABLE
 from sessionstore.settings import ENVIRONMENT_PREFIX
@@ -39,17 +42,38 @@ class Progress:
     sessions: dict[int, str] = field(default_factory=dict[int, str])  # job number → session id
     codes: dict[str, int] = field(default_factory=dict[str, int])  # session id → exit code
     failures: list[str] = field(default_factory=list[str])
+    workers: dict[int, int] = field(default_factory=dict[int, int])  # job number → who has it
+    waiting: queue.Queue[Job] = field(default_factory=queue.Queue[Job])
+    unfinished: int = 0
+    accident: Accident = field(default_factory=Accident)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def take(self, report: Mapping[str, Any]) -> None:
+    def __post_init__(self) -> None:
+        self.unfinished = len(self.jobs)
+        for job in self.jobs:
+            self.waiting.put(job)
+
+    def take(self, report: Mapping[str, Any], worker: int) -> None:
         with self.lock:
             number = report["job"]
             if report["event"] == "created":
-                self.sessions[number] = report["session_id"]
-            elif report["event"] == "done":
+                self.sessions[number], self.workers[number] = report["session_id"], worker
+                return
+            self.unfinished -= 1
+            if report["event"] == "done":
                 self.codes[report["session_id"]] = report["code"]
             else:
                 self.failures.append(f"{self.jobs[number]['title']}: {report['error']}")
+            if self.accident.stage is Stage.HANDED_ON and self.accident.job is self.jobs[number]:
+                self.accident.stage = Stage.FINISHED
+                self.accident.finished_by = worker
+
+    def died(self, worker: int, job: Job) -> None:
+        """A worker has ended without a last report; one that was killed on purpose may."""
+        with self.lock:
+            if worker != self.accident.killed:
+                self.unfinished -= 1
+                self.failures.append(f"worker {worker} died at {job['title']!r}")
 
 
 def run_demo(
@@ -84,7 +108,9 @@ def run_demo(
         server_url = own.url if own else str(url)
         say.began(own, server_url, namespace, jobs, workers)
         stack.enter_context(naming_the_server(server_url, ANSWER_SECONDS))
-        code, summary = _run(server_url, namespace, directory, jobs, workers, say)
+        progress = Progress(jobs)
+        victim = jobs[0] if commands is None and workers > 1 else None
+        code, summary = _run(server_url, namespace, directory, progress, workers, victim, say)
         if json_output:
             if keep:
                 summary |= {"url": server_url, "namespace": namespace, "pid": own and own.pid}
@@ -101,26 +127,41 @@ def _run(
     url: str,
     namespace: str,
     directory: Path,
-    jobs: Sequence[Job],
+    progress: Progress,
     workers: int,
+    victim: Job | None,
     say: show.Quiet,
 ) -> tuple[int, dict[str, Any]]:
-    """The exit code and a summary."""
-    progress = Progress(jobs)
+    """The exit code and a summary; the worker that gets the job ``victim`` is killed at it."""
+    accident = progress.accident
     started = time.monotonic()
-    with SessionStore.from_url(url, namespace=namespace, deadline=ANSWER_SECONDS) as store:
+    with SessionStore.from_url(
+        url, namespace=namespace, deadline=ANSWER_SECONDS, worker="demo", reap_grace=REAP_GRACE
+    ) as store:
         store.ping()
         with (
-            _workers(workers, url, namespace, directory, progress, say.reported) as threads,
+            _workers(workers, url, namespace, directory, progress, say.reported) as (pids, threads),
+            Reaper(store, every=REAP_GRACE / 2),
             say.live(store, progress) as refresh,
         ):
+            if victim is not None:
+                accident.plan(
+                    victim, lambda worker: os.kill(pids[worker], SIGKILL), progress.waiting.put
+                )
             while any(thread.is_alive() for thread in threads):
+                if victim is not None:
+                    number = victim["number"]
+                    session_id = progress.sessions.get(number)
+                    if accident.watch(store, session_id, progress.workers.get(number, 0)):
+                        say.happened(accident)
                 refresh()
                 time.sleep(REFRESH_SECONDS)
             refresh()
-        findings = verify(url, namespace, directory, progress.codes)
+        findings = verify(url, namespace, directory, progress.codes, accident)
         findings.problems += progress.failures
-        findings.expect("jobs that ended", len(progress.codes), len(jobs))
+        findings.expect("jobs that ended", len(progress.codes), len(progress.jobs))
+        if victim is not None:
+            findings.expect("the killed worker's job", accident.stage, Stage.FINISHED)
         metrics = store.get_metrics()
         findings.expect("get_metrics total", metrics.total_sessions, len(progress.codes))
     seconds = time.monotonic() - started
@@ -138,7 +179,19 @@ def _summary(progress: Progress, findings: Findings, seconds: float) -> dict[str
         "buffers": findings.buffers,
         "index_sets": findings.indexes,
         "seconds": round(seconds, 1),
+        "rescued": _rescue(progress.accident),
         "problems": findings.problems,
+    }
+
+
+def _rescue(accident: Accident) -> dict[str, Any] | None:
+    if accident.stage is Stage.NONE:
+        return None
+    return {
+        "session_id": accident.session_id,
+        "killed_worker": accident.killed,
+        "seconds_until_error": round(accident.seconds_to_error, 1),
+        "finished_by_worker": accident.finished_by,
     }
 
 
@@ -150,33 +203,34 @@ def _workers(
     directory: Path,
     progress: Progress,
     reported: Callable[[Job, int, Mapping[str, Any]], None],
-) -> Generator[list[threading.Thread]]:
-    """The worker processes, and for each a thread that hands it jobs and takes its reports."""
-    waiting = list(reversed(progress.jobs))
+) -> Generator[tuple[dict[int, int], list[threading.Thread]]]:
+    """The worker processes, and for each a thread that hands it jobs and takes its reports.
+
+    Gives the process id of each worker by its number, and the threads.
+    """
     processes: list[subprocess.Popen[str]] = []
 
     def serve(process: subprocess.Popen[str], number: int) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
-        while True:
+        while progress.unfinished:
             try:
-                job = waiting.pop()
-            except IndexError:
-                process.stdin.write("null\n")
-                process.stdin.flush()
-                return
+                job = progress.waiting.get(timeout=REFRESH_SECONDS)
+            except queue.Empty:
+                continue  # a job may come back from a worker that is lost
             process.stdin.write(json.dumps(job) + "\n")
             process.stdin.flush()
             for line in process.stdout:
                 report = json.loads(line)
-                progress.take(report)
+                progress.take(report, number)
                 reported(job, number, report)
                 if report["event"] != "created":
                     break
             else:
-                with progress.lock:
-                    progress.failures.append(f"worker {number} died at {job['title']!r}")
+                progress.died(number, job)
                 return
+        process.stdin.write("null\n")
+        process.stdin.flush()
 
     try:
         for number in range(1, count + 1):
@@ -197,11 +251,12 @@ def _workers(
         ]
         for thread in threads:
             thread.start()
-        yield threads
+        yield {n: process.pid for n, process in enumerate(processes, 1)}, threads
     finally:
         for process in processes:
             assert process.stdin is not None
-            process.stdin.close()  # a worker that still has a job ends it
+            with suppress(BrokenPipeError):  # of the one that was killed
+                process.stdin.close()  # a worker that still has a job ends it
         for process in processes:
             process.wait(timeout=10)
 

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from sessionstore import AgentSession, SessionMetrics, SessionStore
 from sessionstore._server import PrivateServer
+from sessionstore.cli.demo.accident import Accident, Stage
 from sessionstore.cli.demo.verify import Findings, plain_client
 from sessionstore.cli.demo.worker import Job
 from sessionstore.cli.failures import without_password
@@ -55,6 +56,9 @@ class Quiet:
     ) -> Generator[Callable[[], None]]:
         """Show the sessions while the workers run; gives the function that brings it up to date."""
         yield lambda: None
+
+    def happened(self, accident: Accident) -> None:
+        """Tell how far the accident has come."""
 
     def verdict(self, progress: Progress, findings: Findings, seconds: float) -> None:
         """Tell whether all was right."""
@@ -96,14 +100,26 @@ class Printed(Quiet):
         self._line()
 
     def reported(self, job: Job, worker: int, report: Mapping[str, Any]) -> None:
-        clock = f"{time.monotonic() - self._started:5.1f} s"
         if report["event"] == "created":
-            what = f"starts  {job['type']:<7} {job['title']}"
+            begins = "claims " if "session_id" in job else "starts "
+            what = f"{begins} {job['type']:<7} {job['title']}"
         elif report["event"] == "done":
             ended = "terminated" if report["code"] == 0 else f"error, exit code {report['code']}"
             what = f"ended   {job['type']:<7} {job['title']}: {ended}"
         else:
             what = f"FAILED  {job['type']:<7} {job['title']}: {report['error']}"
+        self._told(worker, what)
+
+    def happened(self, accident: Accident) -> None:
+        assert accident.job is not None
+        job = f"{accident.job['type']:<7} {accident.job['title']}"
+        if accident.stage is Stage.KILLED:
+            self._told(accident.killed, f"KILLED  {job}: SIGKILL, half way")
+        else:
+            self._told(accident.killed, f"lost    {job}: its lease ran out, the session is error")
+
+    def _told(self, worker: int, what: str) -> None:
+        clock = f"{time.monotonic() - self._started:5.1f} s"
         self._line(f"{clock}  worker {worker}  {one_line(what)}")
 
     def verdict(self, progress: Progress, findings: Findings, seconds: float) -> None:
@@ -124,6 +140,14 @@ class Printed(Quiet):
         else:
             self._line("  ✓ every line of every command is in its list, in order, once", "green")
             self._line("  ✓ every index set holds exactly the sessions it should", "green")
+            accident = progress.accident
+            if accident.stage is Stage.FINISHED and accident.job is not None:
+                self._line(
+                    f"  ✓ worker {accident.killed} was killed in {accident.job['title']!r}; its "
+                    f"session fell to error {accident.seconds_to_error:.1f} s later, worker "
+                    f"{accident.finished_by} claimed it and finished the job",
+                    "green",
+                )
 
     def redis_cli(self, url: str, namespace: str, session_id: str) -> None:
         prefix = f"{{{namespace}}}:"
@@ -185,6 +209,9 @@ class OnTerminal(Printed):
 
     def reported(self, job: Job, worker: int, report: Mapping[str, Any]) -> None:
         pass  # the table shows it
+
+    def happened(self, accident: Accident) -> None:
+        pass  # so it does
 
     @contextmanager
     def live(self, store: SessionStore, progress: Progress) -> Generator[Callable[[], None]]:

@@ -24,18 +24,29 @@ from sessionstore.cli.run import run_command
 
 Job = dict[str, Any]
 KEPT_LINES = 10_000  # of each buffer
+#: Seconds: short, for one of the workers will be killed, and nobody wants to wait long.
+TTL, REAP_GRACE = 2.0, 1.0
 
 
-def raw_output(directory: Path, session_id: str, descriptor: int) -> Path:
-    """The file with the very bytes that a session's command wrote to stdout (1) or stderr (2)."""
-    return directory / f"{session_id}.{descriptor}"
+def raw_output(directory: Path, session_id: str, descriptor: int, *, again: bool = False) -> Path:
+    """The file with the very bytes that a session's command wrote to stdout (1) or stderr (2).
+
+    ``again``: what it wrote when the job was done again, after its worker had been killed.
+    """
+    return directory / f"{session_id}.{descriptor}{'.again' if again else ''}"
 
 
 def main(namespace: str, directory: Path, number: int) -> None:
     """Run jobs until there are no more."""
     jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
     threading.Thread(target=_take_jobs, args=(jobs,), daemon=True).start()
-    with SessionStore(namespace=namespace, buffer_limit=KEPT_LINES, buffer_bytes=0) as store:
+    with SessionStore(
+        namespace=namespace,
+        buffer_limit=KEPT_LINES,
+        buffer_bytes=0,
+        worker=f"worker-{number}",
+        reap_grace=REAP_GRACE,
+    ) as store:
         while (job := jobs.get()) is not None:
             _run(store, job, directory, number)
 
@@ -59,16 +70,16 @@ def _run(store: SessionStore, job: Job, directory: Path, number: int) -> None:
         _report("created", job, session_id=session_id)
 
     def keep(descriptor: int, data: bytes) -> None:
-        with raw_output(directory, session_ids[0], descriptor).open("ab") as file:
-            file.write(data)
+        file = raw_output(directory, session_ids[0], descriptor, again="session_id" in job)
+        with file.open("ab") as kept:
+            kept.write(data)
 
     try:
         code = run_command(
             store,
             job["command"],
-            type=job["type"],
-            task_id=job["task_id"],
-            project_path=job["project_path"],
+            **_session_of(job),
+            ttl=TTL,
             metadata={"worker": str(number), "job": job["title"]},
             on_created=created,
             on_data=keep,
@@ -78,6 +89,13 @@ def _run(store: SessionStore, job: Job, directory: Path, number: int) -> None:
         _report("failed", job, error=f"{type(error).__name__}: {error}")
     else:
         _report("done", job, session_id=session_ids[0], code=code)
+
+
+def _session_of(job: Job) -> dict[str, Any]:
+    """A new session, or the one whose worker was lost."""
+    if "session_id" in job:
+        return {"session_id": job["session_id"]}
+    return {name: job[name] for name in ("type", "task_id", "project_path")}
 
 
 def _report(event: str, job: Job, **details: Any) -> None:

@@ -1,14 +1,16 @@
 -- move: a session from one status to another, in every index of statuses.
 local function move(prefix, id, old, new)
   local activity, ended = prefix .. 'activity', prefix .. 'ended'
-  if ENDED[new] then
-    redis.call('ZREM', activity, id)
-    if not ENDED[old] then
-      redis.call('ZADD', ended, integer(now_us), id)
-    end
-  else
-    redis.call('ZREM', ended, id)
+  if not ENDED[new] then
     redis.call('ZADD', activity, integer(now_us), id)
+  end
+  if ENDED[old] ~= ENDED[new] then
+    if ENDED[new] then
+      redis.call('ZREM', activity, id)
+      redis.call('ZADD', ended, integer(now_us), id)
+    else
+      redis.call('ZREM', ended, id)
+    end
   end
   if old ~= new then
     redis.call('SREM', prefix .. 'sessions:status:' .. old, id)
