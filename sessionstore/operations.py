@@ -30,7 +30,7 @@ from sessionstore.models import (
 from sessionstore.settings import StoreSettings
 
 if TYPE_CHECKING:
-    from sessionstore.lease import Leases
+    from sessionstore.holding import Leases
 
 MOST_REAPED = 1000  # of each kind in one pass
 

@@ -1,0 +1,390 @@
+"""What leases do, apart from blocking or awaiting: shared by both stores.
+
+A ``Holding`` is one lease as its worker knows it; ``Leases`` are those of one store object. What
+takes several round trips is written as steps (``_call.py``), which a store carries out.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import random
+import socket
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard, TypeVar
+from weakref import WeakSet
+
+from redis.exceptions import RedisError
+
+from sessionstore import arguments as check
+from sessionstore import codec
+from sessionstore._call import Call, Request, Steps
+from sessionstore.errors import (
+    InvalidArgumentError,
+    LeaseLostError,
+    SessionBusyError,
+    SessionNotActiveError,
+    SessionNotFoundError,
+    SessionStoreError,
+)
+from sessionstore.models import ENDED_STATUSES, AgentSessionStatus
+from sessionstore.operations import SessionOperations
+
+T = TypeVar("T")
+
+logger = logging.getLogger("sessionstore")
+
+SHORTEST_TTL, LONGEST_TTL = 0.1, 86_400.0  # seconds
+RENEWED_AFTER = 1 / 3  # of its time to live, so that two renewals may fail
+MOST_RENEWED = 500  # leases in one round trip
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds between two attempts to claim
+_LONGEST_MESSAGE = 4096  # characters of an exception in the error buffer
+
+
+@dataclass(slots=True, eq=False)
+class Holding:
+    """One lease, as its worker knows it. Times are of ``time.monotonic()``."""
+
+    session_id: str
+    fence: str
+    ttl: float
+    taken_from: str  # the status it had before
+    deadline: float = 0.0
+    renew_at: float = 0.0
+    lost: LeaseLostError | None = None
+    released: bool = False
+    callbacks: list[Callable[[], object]] = field(default_factory=list[Callable[[], object]])
+
+    def renewed(self, began: float) -> None:
+        """It has been granted for another ``ttl`` by a request sent at ``began``."""
+        self.deadline = max(self.deadline, began + self.ttl)
+        self.renew_at = self.deadline - self.ttl * (1 - RENEWED_AFTER)
+
+    def refuse_if_over(self) -> None:
+        if self.lost is not None:
+            raise self.lost
+        if self.released:
+            raise SessionStoreError(f"the lease on session {self.session_id!r} has been released")
+
+
+class Leases:
+    """The leases that one store object holds. Safe for threads."""
+
+    def __init__(self, store: SessionOperations, label: str) -> None:
+        self._store = store
+        self._label = label
+        self.start_afresh()
+        _alive.add(self)
+
+    def start_afresh(self) -> None:
+        """Hold nothing."""
+        self.worker = f"{socket.gethostname()}:{os.getpid()}"
+        self.worker += f":{self._label}" if self._label else ""
+        self.lock = threading.Lock()
+        self._held: dict[str, Holding] = {}
+        self._wakes_at = math.inf  # time.monotonic() of the next round of renewals
+
+    def held(self) -> list[Holding]:
+        """The leases that have not been given back, lost ones among them."""
+        with self.lock:
+            return list(self._held.values())
+
+    def fence_of(self, session_id: str) -> str:
+        """What a write to the session carries: its lease's fence, or nothing."""
+        holding = self._held.get(session_id)
+        return "" if holding is None else holding.fence
+
+    def guarded(
+        self, session_id: str, fence: str, decode: Callable[[Any], T], *, ends: bool = False
+    ) -> Callable[[Any], T]:
+        """The decoder of a write that carries a fence; ``ends``: the write ends the lease too."""
+        holding = self._held.get(session_id)
+        if holding is None or holding.fence != fence:
+            return decode
+
+        def told(reply: Any) -> T:
+            try:
+                result = decode(reply)
+            except (LeaseLostError, SessionNotFoundError) as error:
+                self.lose(holding, error)
+                raise
+            if ends:
+                holding.released = True
+                self.forget(holding)
+            return result
+
+        return told
+
+    def forget(self, holding: Holding) -> None:
+        """Neither renew it nor send its fence any more."""
+        with self.lock:
+            if self._held.get(holding.session_id) is holding:
+                del self._held[holding.session_id]
+
+    def lose(self, holding: Holding, error: SessionStoreError) -> None:
+        """The server has said that a lease is lost. Its writes go on carrying its fence."""
+        if not isinstance(error, LeaseLostError):
+            error = _lost({"session_id": holding.session_id})
+        with self.lock:
+            if holding.released or holding.lost is not None:
+                return
+            holding.lost = error
+            callbacks, holding.callbacks = holding.callbacks, []
+        for callback in callbacks:
+            call(callback)
+
+    def when_lost(self, holding: Holding, callback: Callable[[], object]) -> None:
+        """Have a function called once the lease is lost; at once if it is."""
+        with self.lock:
+            if holding.lost is None:
+                holding.callbacks.append(callback)
+                return
+        call(callback)
+
+    def handed_out(self, holding: Holding) -> Any:
+        """The lease as its user sees it."""
+        raise NotImplementedError  # blocking or awaiting
+
+    def renew_in_background(self, *, sooner: bool) -> None:
+        """See to it that leases are renewed; ``sooner``: one is due before the next round."""
+        raise NotImplementedError  # a thread or a task
+
+    def end_renewal(self) -> None:
+        """Hold nothing any more; what renews in the background finds that out and ends."""
+        with self.lock:
+            self._held.clear()
+
+    def _keep(self, holding: Holding) -> Any:
+        with self.lock:
+            before = self._held.get(holding.session_id)
+            self._held[holding.session_id] = holding
+            sooner = holding.renew_at < self._wakes_at
+        if before is not None:
+            self.lose(before, _lost({"session_id": holding.session_id, "owner": self.worker}))
+        self.renew_in_background(sooner=sooner)
+        return self.handed_out(holding)
+
+    # ---- Round trips -------------------------------------------------------------------------
+
+    def _request(self, operation: str, *arguments: Any) -> Request[Any]:
+        """The request that an operation of the store would send."""
+        build: Callable[..., Request[Any]] = vars(SessionOperations)[operation].build
+        return build(self._store, *arguments)
+
+    def claiming(
+        self,
+        session_id: str,
+        ttl: float,
+        wait: float,
+        expected: AgentSessionStatus | Iterable[AgentSessionStatus],
+    ) -> Steps[Any]:
+        """Claim a session, again and again until ``wait`` seconds are over."""
+        session_id = check.text("session_id", session_id)
+        ttl = check.seconds("ttl", ttl, SHORTEST_TTL, LONGEST_TTL)
+        wait = check.seconds("wait", wait)
+        statuses = check.statuses("expected", expected)
+        keys = self._store.keyspace.of_session(session_id)
+
+        def claim() -> Call[Any]:
+            began = time.monotonic()
+
+            def decode(reply: Any) -> Any:
+                fence, _, taken_from = codec.done(reply).partition(" ")
+                holding = Holding(session_id, fence, ttl, taken_from)
+                holding.renewed(began)
+                return self._keep(holding)
+
+            return Call(
+                "claim",
+                keys=(
+                    keys.session(session_id),
+                    keys.activity,
+                    keys.ended,
+                    keys.leases,
+                    keys.events,
+                    keys.by_status("busy"),
+                    keys.by_owner(self.worker),
+                ),
+                args=(session_id, keys.prefix, self.worker, round(ttl * 1000), *statuses),
+                decode=decode,
+                lane=keys.lane,
+            )
+
+        return _until_claimed(claim, wait)
+
+    def renewing(self, holding: Holding) -> Steps[None]:
+        """Renew one lease now."""
+        holding.refuse_if_over()
+        yield self._renewal([holding])
+        if holding.lost is not None:
+            raise holding.lost
+
+    def releasing(self, holding: Holding, status: AgentSessionStatus) -> Steps[None]:
+        """Give a session back with a status."""
+        status = check.status("status", status)
+        if status == "busy":
+            raise InvalidArgumentError.of("status", "must be another than busy")
+        if holding.lost is not None:
+            self.forget(holding)
+            raise holding.lost
+        if not holding.released:
+            yield self._request("update_status", holding.session_id, status)
+
+    def leaving(self, holding: Holding, error: BaseException | None) -> Steps[None]:
+        """Give a session back as ``active``; of an exception, tell in the error buffer first."""
+        if holding.released:
+            return
+        try:
+            if holding.lost is None and _is_worth_telling(error):
+                yield from self._telling(holding, error)
+            if holding.lost is None:
+                yield self._request("update_status", holding.session_id, "active")
+        except (LeaseLostError, SessionNotFoundError):
+            pass
+        except RedisError as failure:
+            if error is None:
+                raise
+            logger.warning("%s was not released: %s", holding.session_id, failure)
+        finally:
+            self.forget(holding)
+        if holding.lost is not None and holding.lost.status == "busy" and error is None:
+            raise holding.lost  # somebody else is at work on it, and so were we
+
+    def _telling(self, holding: Holding, error: BaseException) -> Steps[None]:
+        try:
+            yield self._request("add_error", holding.session_id, _message(error))
+        except (LeaseLostError, SessionNotFoundError):
+            raise
+        except Exception as failure:  # that the session is given back matters more
+            logger.warning("%r was not told in %s: %s", error, holding.session_id, failure)
+
+    def giving_all_back(self) -> Steps[None]:
+        """Release what is held: nobody is going to renew it."""
+        for holding in self.held():
+            try:
+                yield from self.leaving(holding, None)
+            except Exception as error:
+                logger.warning("%s was not released: %s", holding.session_id, error)
+                if isinstance(error, RedisError):
+                    break  # nor would the others be, each after its deadline
+        self.end_renewal()
+
+    def _renewal(self, holdings: Sequence[Holding]) -> Call[None]:
+        """Renew leases on sessions of one partition, in one round trip."""
+        began = time.monotonic()
+        keys = self._store.keyspace.of_session(holdings[0].session_id)
+
+        def decode(reply: Any) -> None:
+            for holding, answer in zip(holdings, json.loads(codec.done(reply)), strict=True):
+                if answer is True:
+                    holding.renewed(began)
+                else:
+                    self.lose(holding, _lost(answer))
+
+        return Call(
+            "renew",
+            keys=(keys.leases, *(keys.session(holding.session_id) for holding in holdings)),
+            args=tuple(
+                value
+                for holding in holdings
+                for value in (holding.session_id, holding.fence, round(holding.ttl * 1000))
+            ),
+            decode=decode,
+            lane=keys.lane,
+        )
+
+    def next_round(self) -> tuple[float, list[Call[None]]] | None:
+        """Seconds until a renewal is due, and what is to be sent then; None if nothing is held.
+
+        One round trip renews all leases of a partition that are due about now. Those that get no
+        answer are due again soon.
+        """
+        now = time.monotonic()
+        with self.lock:
+            held = [holding for holding in self._held.values() if holding.lost is None]
+            due_at = min((holding.renew_at for holding in held), default=math.inf)
+            self._wakes_at = max(due_at, now)
+        if not held:
+            return None
+        if due_at > now:
+            return due_at - now, []
+        by_partition: dict[str, list[Holding]] = defaultdict(list)
+        for holding in held:
+            if holding.renew_at - now < holding.ttl * RENEWED_AFTER / 2:
+                holding.renew_at = now + min(1.0, holding.ttl / 10)
+                keys = self._store.keyspace.of_session(holding.session_id)
+                by_partition[keys.prefix].append(holding)
+        return 0, [
+            self._renewal(holdings[first : first + MOST_RENEWED])
+            for holdings in by_partition.values()
+            for first in range(0, len(holdings), MOST_RENEWED)
+        ]
+
+
+def _until_claimed(claim: Callable[[], Call[Any]], wait: float) -> Steps[Any]:
+    give_up_at = time.monotonic() + wait
+    pause = _FIRST_PAUSE
+    while True:
+        try:
+            return (yield claim())
+        except (SessionBusyError, SessionNotActiveError) as error:
+            left = give_up_at - time.monotonic()
+            if left <= 0 or error.status in ENDED_STATUSES:
+                raise
+            # A lease is released at any time; at the latest it expires.
+            ends_in = pause if error.expires_in is None else error.expires_in
+        yield min(left, max(ends_in, 0.001), random.uniform(pause / 2, pause))
+        pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _lost(details: dict[str, Any]) -> LeaseLostError:
+    error = LeaseLostError.from_details(details)
+    assert isinstance(error, LeaseLostError)
+    return error
+
+
+def _is_worth_telling(error: BaseException | None) -> TypeGuard[BaseException]:
+    """Not that a generator was closed, or that the program asked for its own good end."""
+    if isinstance(error, SystemExit):
+        return bool(error.code)
+    return error is not None and not isinstance(error, GeneratorExit)
+
+
+def _message(error: BaseException) -> str:
+    """``Type: message``, without a traceback: that may show secrets."""
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return text[:_LONGEST_MESSAGE].encode(errors="replace").decode()
+
+
+def call(callback: Callable[[], object]) -> None:
+    """Call what was to be told of a lost lease; it must not disturb what found that out."""
+    try:
+        callback()
+    except Exception:
+        logger.exception("a callback failed that was told of a lost lease")
+
+
+_alive: WeakSet[Leases] = WeakSet()
+
+
+def alive() -> list[Leases]:
+    """The leases of every store object in this process."""
+    return list(_alive)
+
+
+def _after_fork() -> None:
+    """The leases stay the parent's: in the child, which is another worker, they are over."""
+    for leases in alive():
+        for holding in leases._held.values():  # pyright: ignore[reportPrivateUsage]
+            holding.released = True
+        leases.start_afresh()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
