@@ -234,7 +234,11 @@ class Leases:
             self.forget(holding)
             raise holding.lost
         if not holding.released:
-            yield self._request("update_status", holding.session_id, status)
+            try:
+                yield self._request("update_status", holding.session_id, status)
+            except (LeaseLostError, SessionNotFoundError):
+                self.forget(holding)
+                raise
 
     def leaving(self, holding: Holding, error: BaseException | None) -> Steps[None]:
         """Give a session back as ``active``; of an exception, tell in the error buffer first."""

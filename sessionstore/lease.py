@@ -87,6 +87,10 @@ class HeldLease:
         """True once this worker has given the session back."""
         return self._holding.released
 
+    def abandon(self) -> None:
+        """Renew it no more and write nothing: the session stays ``busy`` until the lease expires."""
+        self._registry.forget(self._holding)
+
     def on_lost(self, callback: Callable[[Self], object]) -> None:
         """Have a function called with this lease, once, when it is found to be lost.
 

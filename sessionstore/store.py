@@ -309,7 +309,8 @@ class SessionStore(_Store, SyncExecutor):
         """
         pending = self._take_pending(error)
         try:
-            return self._carry_out(pending.request, pending.lane, is_repeat=True)
+            result = self._carry_out(pending.request, pending.lane, is_repeat=True)
+            return self.execute(result) if isinstance(result, REQUESTS) else result
         except Exception:
             raise
         except BaseException:
@@ -501,7 +502,8 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         self._refuse_other_loop()
         pending = self._take_pending(error)
         try:
-            return await self._carry_out(pending.request, pending.lane, is_repeat=True)
+            result = await self._carry_out(pending.request, pending.lane, is_repeat=True)
+            return await self.execute(result) if isinstance(result, REQUESTS) else result
         except Exception:
             raise
         except BaseException:

@@ -84,9 +84,16 @@ class CommandLine:
         return Finished(process.returncode, out.decode(), err.decode())
 
     def on_terminal(
-        self, *arguments: str, columns: int = 80, env: dict[str, str | None] | None = None
+        self,
+        *arguments: str,
+        columns: int = 80,
+        env: dict[str, str | None] | None = None,
+        stop_at: str = "",
     ) -> Finished:
-        """Run a command on a terminal of that width; ``out`` is all the terminal received."""
+        """Run a command on a terminal of that width; ``out`` is all the terminal received.
+
+        ``stop_at``: what the terminal has received when the command is ended with SIGTERM.
+        """
         ours, theirs = pty.openpty()
         try:
             fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
@@ -100,6 +107,8 @@ class CommandLine:
         try:
             while data := os.read(ours, 65536):
                 received += data
+                if stop_at and stop_at.encode() in received:
+                    process.terminate()
         except OSError:  # EIO: Linux's way to say that the other side is closed
             pass
         finally:

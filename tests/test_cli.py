@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,16 @@ import pytest
 from commandline import CommandLine, Finished, command_line
 from conftest import PROGRAMS, SERVERS
 from faults import Fault, FaultProxy
+from waiting import until
 
-from sessionstore import AgentSession
+from sessionstore import AgentSession, Lease, LeaseLostError
 from sessionstore._server import PrivateServer
 from sessionstore.cli import main
 
 HEADER = [
     *("id", "type", "status", "service_session_id", "task_id", "mcp_session_id", "project_path"),
-    *("created_at", "last_activity", "output_total", "error_total", "owner", "last_output"),
+    *("created_at", "last_activity", "output_total", "error_total", "owner", "lease_expires_at"),
+    "last_output",
 ]
 ANY_ID = "agent_claude_00000000-0000-4000-8000-000000000000"
 PASSWORD = "s3cret-and-l0ng"
@@ -184,6 +187,23 @@ def test_an_unreadable_record_is_left_out_with_a_warning(
     assert "\x1b" not in finished.err
 
 
+def test_ls_tells_who_holds_a_session_and_until_when(
+    cli: CommandLine, in_process: Callable[..., Finished]
+) -> None:
+    taken = create(cli)
+    create(cli)
+    with cli.store.claim(taken.id) as lease:
+        first, second = table(in_process("ls").out)
+        session = cli.store.get_session(taken.id)
+        assert [row["id"] for row in table(in_process("ls", "--owner", lease.owner).out)] == [
+            taken.id
+        ]
+    assert first["owner"] == lease.owner
+    assert session.lease_expires_at is not None
+    assert datetime.fromisoformat(first["lease_expires_at"]) == session.lease_expires_at
+    assert second["owner"] == second["lease_expires_at"] == ""
+
+
 # ---- show, metrics, rm ------------------------------------------------------------------------
 
 
@@ -254,6 +274,38 @@ def test_rm_deletes_what_is_there_and_names_what_is_not(
         {"id": session.id, "deleted": True},
     ]
     assert cli.store.find_session(session.id) is None
+
+
+def test_rm_refuses_what_a_worker_holds_and_deletes_the_others(
+    cli: CommandLine, in_process: Callable[..., Finished]
+) -> None:
+    taken, free = create(cli), create(cli)
+    with cli.store.claim(taken.id) as lease:
+        finished = in_process("rm", taken.id, free.id, ANY_ID)
+        assert cli.store.get_session(taken.id).owner == lease.owner
+    assert finished.code == 1
+    assert [row["deleted"] for row in table(finished.out)] == ["false", "true", "false"]
+    refused, missing = finished.err.splitlines()
+    assert f"'{taken.id}' is held by {lease.owner}, whose lease runs for another " in refused
+    assert refused.endswith("--force deletes it")
+    assert missing == f"error: no session '{ANY_ID}'"
+
+
+def test_rm_with_force_deletes_what_a_worker_holds(
+    cli: CommandLine, in_process: Callable[..., Finished]
+) -> None:
+    taken = create(cli)
+    lease = cli.store.claim(taken.id)
+    finished = in_process("rm", "--force", taken.id)
+    assert (finished.code, finished.err) == (0, "")
+    assert cli.store.find_session(taken.id) is None
+    until(lambda: _is_lost(lease))
+
+
+def _is_lost(lease: Lease) -> bool:
+    with suppress(LeaseLostError):
+        lease.renew()
+    return lease.lost
 
 
 # ---- logs -------------------------------------------------------------------------------------
@@ -405,7 +457,18 @@ def test_no_such_session_is_3(in_process: Callable[..., Finished], command: str)
         (["lst"], "No such command 'lst'"),
         (["--colour"], "--colour"),
         (["run", "--type", "claude", "--meta", "x", "--", "true"], "NAME=VALUE"),
-        (["run", "--", "true"], "--type"),
+        (["run", "--", "true"], "'--type' / '--session': neither given"),
+        (["run", "--type", "a", "--session", "b", "--", "true"], "both given"),
+        (["run", "--session", "b", "--task", "t", "--", "true"], "'--task': goes with --type"),
+        (["run", "--session", "b", "--unique", "--", "true"], "'--unique': goes with --type"),
+        (["run", "--type", "a", "--wait", "0", "--", "true"], "'--wait': goes with --session"),
+        (["run", "--session", "b", "--wait", "-1", "--", "true"], "'-1' is no duration"),
+        (["run", "--type", "claude", "--ttl", "0", "--", "true"], "ttl must be 0.1 to 86400"),
+        (["reap", "--every", "0"], "'--every': must be above 0"),
+        (["reap", "--idle-for", "1 week"], "'1 week' is no duration: 30 (seconds), 90s, 15m"),
+        (["reap", "--ended-for", "nan"], "'nan' is no duration"),
+        (["reap", "--ended-for", "999999d"], "ended_for must be"),
+        (["reap", "--limit", "1001"], "--limit"),
         (["run", "--type", "claude"], "COMMAND"),
         (["--timeout", "0", "ls"], "--timeout"),
         (["--namespace", "{x}", "ls"], "namespace is not valid"),
@@ -591,7 +654,7 @@ def test_version_and_help_need_no_server(cli: CommandLine) -> None:
     assert re.fullmatch(r"sessionstore \d\S*\n", cli.run("--version", env=nothing).out)
     finished = cli.run("--help", env=nothing)
     assert finished.code == 0
-    for command in ("run", "ls", "show", "logs", "metrics", "rm", "demo"):
+    for command in ("run", "ls", "show", "logs", "metrics", "rm", "reap", "demo"):
         assert f" {command} " in finished.out
 
 
@@ -640,8 +703,33 @@ def test_everything_from_the_command_on_belongs_to_the_command(
                 "project_path": "/p",
                 "metadata": {"a": "b=c", "d": ""},
                 "unique": True,
+                "session_id": None,
+                "wait": 0.0,
+                "ttl": 30.0,
             },
         )
+    ]
+
+
+def test_durations_are_seconds_or_have_a_unit(
+    in_process: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sessionstore.cli import run
+
+    called: list[tuple[Any, ...]] = []
+
+    def run_command(*_: Any, **options: Any) -> int:
+        called.append(tuple(options[name] for name in ("type", "session_id", "wait", "ttl")))
+        return 0
+
+    monkeypatch.setattr(run, "run_command", run_command)
+    for wait, ttl in (("15m", "90s"), ("2h", "1.5"), ("0.5d", "7"), ("0", ".5 m")):
+        in_process("run", "--session", "x", "--wait", wait, "--ttl", ttl, "true")
+    assert called == [
+        (None, "x", 900.0, 90.0),
+        (None, "x", 7200.0, 1.5),
+        (None, "x", 43200.0, 7.0),
+        (None, "x", 0.0, 30.0),
     ]
 
 

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from sessionstore import AgentSession, SessionMetrics
+from sessionstore import AgentSession, Reaped, SessionMetrics
 from sessionstore._server import PrivateServer
 from sessionstore.cli import terminal, views
 
@@ -162,6 +162,14 @@ def test_details_hold_nothing_unsafe(session: AgentSession, width: int) -> None:
     assert not unsafe_in("".join(line.plain for line in views.detail_lines(session, width)))
 
 
+@settings(max_examples=60, deadline=None)
+@given(hostile_text, hostile_text, st.integers(1, 250))
+def test_what_was_reaped_is_told_with_nothing_unsafe(session: str, reason: str, width: int) -> None:
+    reaped = [Reaped(session_id=session, action="lost", reason=reason, status="busy", owner="x")]
+    lines = views.reaped_lines(reaped, width, header=True, dry_run=False)
+    assert not unsafe_in("".join(line.plain for line in lines))
+
+
 def session_like(number: int, **changes: Any) -> AgentSession:
     values: dict[str, Any] = {
         "id": f"agent_claude_00000000-0000-4000-8000-{number:012}",
@@ -195,6 +203,77 @@ def test_the_last_output_is_the_last_line_with_something_on_it() -> None:
     session = session_like(1, output_buffer=("one\n  two\tthree  \n\n",))
     lines = [line.plain for line in views.session_lines([session], 400)]
     assert lines[1].endswith("two three")
+
+
+HELD = {
+    "status": "busy",
+    "owner": "build-machine-7:41234:worker-3",
+    "lease_expires_at": NOW + timedelta(seconds=24),
+}
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 160, 200, 400])
+def test_how_long_a_session_is_held_is_seen_at_every_width(width: int) -> None:
+    sessions = [session_like(1, **HELD), session_like(2)]
+    lines = [line.plain for line in views.session_lines(sessions, width)]
+    assert max(map(cell_len, lines)) <= width
+    assert "24s" in "\n".join(lines)
+
+
+@pytest.mark.parametrize("width", [80, 100, 160, 400])
+def test_who_holds_a_session_is_seen_beside_or_below(width: int) -> None:
+    lines = [line.plain for line in views.session_lines([session_like(1, **HELD)], width)]
+    assert "41234:worker-3" in "\n".join(lines)
+
+
+def test_a_wide_table_has_columns_for_owner_and_lease() -> None:
+    header, first, second = views.session_lines([session_like(1, **HELD), session_like(2)], 200)
+    owner, lease = (header.plain.index(name) for name in ("OWNER", "LEASE"))
+    assert first.plain[owner:].startswith("…achine-7:41234:worker-3")
+    assert first.plain[: lease + 5].endswith("24s")
+    assert not second.plain[owner : lease + 5].strip()
+
+
+def test_a_table_of_sessions_that_nobody_holds_has_no_such_columns() -> None:
+    header = next(iter(views.session_lines([session_like(1)], 400)))
+    assert "OWNER" not in header.plain
+    assert "LEASE" not in header.plain
+
+
+def test_an_expired_lease_is_told_as_such() -> None:
+    past = HELD | {"lease_expires_at": NOW - timedelta(seconds=12)}
+    for width in (80, 400):
+        lines = views.session_lines([session_like(1, **past)], width)
+        assert "expired" in "\n".join(line.plain for line in lines)
+    details = [line.plain for line in views.detail_lines(session_like(1, **past), 80)]
+    assert "  owner     build-machine-7:41234:worker-3, lease expired 12s ago" in details
+    details = [line.plain for line in views.detail_lines(session_like(1, **HELD), 80)]
+    assert "  owner     build-machine-7:41234:worker-3, lease ends in 24s" in details
+
+
+def reaped_at(width: int) -> list[str]:
+    reaped = [
+        Reaped(
+            session_id=f"agent_claude_00000000-0000-4000-8000-{number:012}",
+            action="lost",
+            reason="the lease of host:1 expired at noon and was not renewed",
+            status="busy",
+            owner="host:1",
+        )
+        for number in range(2)
+    ]
+    return [line.plain for line in views.reaped_lines(reaped, width, header=True, dry_run=False)]
+
+
+def test_why_a_session_was_reaped_stands_beside_it_or_below() -> None:
+    header, *wide = reaped_at(160)
+    assert header.split() == ["ACTION", "ID", "STATUS", "REASON"]
+    assert [line.split()[0] for line in wide] == ["lost", "lost"]
+    assert all(line.index("the lease of") == header.index("REASON") for line in wide)
+    assert max(map(cell_len, [header, *wide])) <= 160
+    header, *narrow = reaped_at(80)
+    assert header.split() == ["ACTION", "ID", "STATUS"]
+    assert narrow[1::2] == ["  the lease of host:1 expired at noon and was not renewed"] * 2
 
 
 @pytest.mark.parametrize(
@@ -242,8 +321,9 @@ def infested(cli: CommandLine) -> AgentSession:
     cli.redis.hset(
         key,
         mapping={"project_path": attack, "mcp_session_id": attack, "owner": attack}
-        | {f"meta:{attack}": attack},
+        | {"lease_expires_at": "2026-01-01T00:00:00.000000+00:00", f"meta:{attack}": attack},
     )
+    cli.redis.zadd(f"{{{cli.namespace}}}:leases", {session.id: 1})
     return session
 
 
@@ -256,6 +336,8 @@ COMMANDS = [
     ["logs", "ID", "--errors"],
     ["logs", "ID", "--json"],
     ["metrics"],
+    ["reap", "--dry-run"],
+    ["reap", "--dry-run", "--json"],
     ["show", "no\u202esuch"],
     ["ls", "--type", "\x1b[2J"],
     ["\x1b[2J"],
@@ -348,3 +430,17 @@ def test_rm_says_what_it_deleted(cli: CommandLine) -> None:
     session = cli.store.create_session("claude", "service-1", "/src")
     finished = cli.on_terminal("rm", session.id)
     assert (finished.code, finished.out) == (0, f"deleted {session.id}\n")
+
+
+def test_nothing_to_reap_is_said(cli: CommandLine) -> None:
+    finished = cli.on_terminal("reap")
+    assert (finished.code, finished.out) == (0, "nothing to reap\n")
+
+
+def test_a_dry_run_says_what_would_be(cli: CommandLine) -> None:
+    session = cli.store.create_session("claude", "service-1", "/src")
+    out = cli.on_terminal("reap", "--dry-run", "--idle-for", "0", env={"NO_COLOR": "1"}).out
+    header, *lines = out.splitlines()
+    assert header.startswith("WOULD BE")
+    assert lines[0].split()[:3] == ["terminated", session.id, "active"]
+    assert cli.store.get_session(session.id).status == "active"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,10 +16,13 @@ from uuid import uuid4
 
 import pytest
 import redis
+from faults import Fault, FaultProxy
 from waiting import until
 
-from sessionstore import AgentSession, SessionStore
+from sessionstore import AgentSession, SessionBusyError, SessionStore
 from sessionstore._server import PrivateServer
+from sessionstore.cli.run import run_command
+from sessionstore.scripts import load
 
 PROGRAM = str(Path(sys.executable).with_name("sessionstore"))
 
@@ -38,11 +42,27 @@ class Runner:
         }
 
     def start(self, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+        return self.start_with("--type", "claude", *arguments, **options)
+
+    def start_with(
+        self, *arguments: str, changed: str = "", **options: Any
+    ) -> subprocess.Popen[bytes]:
+        """Start ``run`` with these options; ``changed``: code that first changes the program."""
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-        command = [PROGRAM, "run", "--type", "claude", *arguments]
+        program = [PROGRAM]
+        if changed:
+            main = "import sys; from sessionstore.cli import main; sys.exit(main())"
+            program = [sys.executable, "-c", f"{changed}\n{main}"]
+        command = [*program, "run", *arguments]
         process = subprocess.Popen(command, env=self.environment, **options)
         self._started.append(process)
         return process
+
+    def continued(self, session_id: str, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+        """Run ``run --session`` to its end."""
+        process = self.start_with("--session", session_id, *arguments)
+        out, err = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
     def run(self, *command: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
         process = self.start("--", *command, **options)
@@ -117,7 +137,11 @@ def test_a_command_that_cannot_start_leaves_a_session_that_says_why(
 def test_statuses_are_starting_busy_then_the_end(runner: Runner) -> None:
     runner.run("true")
     events = runner.redis.xrange(f"{{{runner.namespace}}}:events")
-    assert [fields["status"] for _, fields in events] == ["starting", "busy", "terminated"]
+    assert [(fields["event"], fields["status"]) for _, fields in events] == [
+        ("created", "starting"),
+        ("claimed", "busy"),
+        ("released", "terminated"),
+    ]
 
 
 def test_a_slow_child_that_flushes_is_seen_at_once(runner: Runner, tmp_path: Path) -> None:
@@ -225,16 +249,6 @@ def test_a_background_process_that_keeps_the_pipe_is_not_waited_for(runner: Runn
     assert b"background process" in done.stderr
 
 
-def test_a_session_deleted_meanwhile_does_not_end_the_command(runner: Runner) -> None:
-    process = runner.start("--", "sh", "-c", "echo a; read go; echo b", stdin=subprocess.PIPE)
-    until(lambda: [s for s in runner.store.get_all_sessions() if s.output_buffer])
-    runner.store.delete_session(runner.session().id)
-    out, err = process.communicate(b"go\n", timeout=30)
-    assert (process.returncode, out) == (0, b"a\nb\n")
-    assert b"was deleted" in err
-    assert runner.store.get_all_sessions() == []
-
-
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&-", "<&- >&- 2>&-"])
 def test_output_never_reaches_the_server_as_commands(runner: Runner, closed: str) -> None:
     """A closed stdout's number would be taken by the connection to the server."""
@@ -317,8 +331,10 @@ def test_an_outage_in_the_middle_loses_nothing(own_server: PrivateServer) -> Non
         own_server.start()
         own_server_back.set()
 
+    # Nobody can renew for longer than the lease lasts.
     process = runner.start(
-        "--", *python("import time\nfor i in range(60): print(i, flush=True); time.sleep(0.05)")
+        *("--ttl", "1", "--"),
+        *python("import time\nfor i in range(60): print(i, flush=True); time.sleep(0.05)"),
     )
     until(lambda: [s for s in runner.store.get_all_sessions() if s.output_total > 5])
     thread = threading.Thread(target=crash)
@@ -331,3 +347,351 @@ def test_an_outage_in_the_middle_loses_nothing(own_server: PrivateServer) -> Non
     assert runner.session().output_total == 60
     assert runner.session().status == "terminated"
     runner.close()
+
+
+# ---- The lease --------------------------------------------------------------------------------
+
+CHATTY = "while :; do echo x; sleep 0.05; done"
+
+
+def running(runner: Runner) -> AgentSession:
+    """The only session, when its command runs and has written something."""
+
+    def started() -> AgentSession | None:
+        sessions = runner.store.get_all_sessions(tail=1)
+        return sessions[0] if sessions and sessions[0].output_total else None
+
+    return until(started)
+
+
+def test_the_session_is_this_workers_while_the_command_runs(runner: Runner) -> None:
+    process = runner.start("--", "sh", "-c", "echo a; read go", stdin=subprocess.PIPE)
+    session = running(runner)
+    assert (session.status, session.owner) == ("busy", f"{session.metadata['host']}:{process.pid}")
+    assert session.lease_expires_at is not None
+    assert 20 < (session.lease_expires_at - session.read_at).total_seconds() <= 30
+    with pytest.raises(SessionBusyError):
+        runner.store.add_output(session.id, "of somebody else")
+    process.communicate(b"go\n", timeout=30)
+    assert runner.session().output_buffer == ("a",)
+
+
+def test_at_the_end_nothing_is_left_of_the_lease(runner: Runner) -> None:
+    runner.run("true")
+    session = runner.session()
+    assert (session.owner, session.lease_expires_at) == (None, None)
+    assert not runner.redis.exists(f"{{{runner.namespace}}}:leases")
+    assert runner.store.add_output(session.id, "of anybody") == 1
+
+
+def test_the_lease_is_renewed_while_the_command_is_quiet(runner: Runner) -> None:
+    process = runner.start(
+        *("--ttl", "2", "--"), "sh", "-c", "echo a; read go", stdin=subprocess.PIPE
+    )
+    first = running(runner)
+    assert first.lease_expires_at is not None
+    later = until(lambda: (s := runner.session()).read_at > first.lease_expires_at and s)
+    assert (later.status, later.owner) == ("busy", first.owner)
+    process.communicate(b"go\n", timeout=30)
+    assert process.returncode == 0
+
+
+def test_a_deleted_session_stops_the_command(runner: Runner) -> None:
+    process = runner.start("--", "sh", "-c", CHATTY)
+    session = running(runner)
+    runner.store.delete_session(session.id, force=True)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 5
+    assert f"the lease on {session.id} was lost (it was deleted): stopping the command" in (
+        err.decode()
+    )
+    assert runner.store.get_all_sessions() == []
+    assert not runner.redis.keys(f"{{{runner.namespace}}}:session:*")
+
+
+@pytest.mark.parametrize("command", [CHATTY, "echo x; exec sleep 60"], ids=["chatty", "quiet"])
+def test_a_lost_lease_stops_the_command_and_names_the_holder(runner: Runner, command: str) -> None:
+    process = runner.start("--ttl", "2", "--", "sh", "-c", command)
+    session = running(runner)
+    runner.store.update_status(session.id, "active", force=True)
+    with runner.store.claim(session.id) as lease:
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == 5
+        assert err.decode().count("was lost") == 1
+        assert f"held by {lease.owner} now" in err.decode()
+    assert runner.session().status == "active"
+
+
+def written_after_the_loss(runner: Runner, changed: str = "") -> tuple[int, int, str]:
+    """What a run whose command goes on for a while writes into a session taken from it.
+
+    Returns:
+        How many entries of output and of errors, and the status that the session is left in.
+    """
+    command = "trap 'echo stale; echo stale >&2; exit 0' TERM; " + CHATTY
+    process = runner.start_with(
+        *("--type", "claude", "--ttl", "1", "--", "sh", "-c", command), changed=changed
+    )
+    session_id = running(runner).id
+    runner.store.update_status(session_id, "active", force=True)
+    with runner.store.claim(session_id):
+        before = runner.session(tail=0)
+        if changed:
+            time.sleep(0.3)
+            process.terminate()
+        out, _ = process.communicate(timeout=30)
+        assert b"stale" in out
+        after = runner.session(tail=0)
+    return (
+        after.output_total - before.output_total,
+        after.error_total - before.error_total,
+        after.status,
+    )
+
+
+def test_nothing_is_written_after_the_loss(runner: Runner) -> None:
+    assert written_after_the_loss(runner) == (0, 0, "busy")
+
+
+def test_the_control_of_nothing_is_written_after_the_loss(runner: Runner) -> None:
+    """A worker that passes every fence and never renews writes, and ends what is not its own."""
+    changed = (
+        "from sessionstore.lease import ThreadLeases\n"
+        "ThreadLeases.fence_of = lambda *_: 'force'\n"
+        "ThreadLeases.renew_in_background = lambda *_, **__: None\n"
+    )
+    output, errors, status = written_after_the_loss(runner, changed)
+    assert output > 0
+    assert errors == 1
+    assert status == "terminated"
+
+
+def test_a_command_that_does_not_stop_is_killed(runner: Runner) -> None:
+    ignoring = python(
+        "import os, signal, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('ignored', flush=True))\n"
+        "print(os.getpid(), flush=True)\n"
+        "while True: time.sleep(0.05)"
+    )
+    process = runner.start_with(
+        *("--type", "claude", "--ttl", "1", "--", *ignoring),
+        changed="from sessionstore.cli import run; run.STOPPED_AFTER = 0.5",
+    )
+    session = running(runner)
+    runner.store.update_status(session.id, "active", force=True)
+    out, _ = process.communicate(timeout=30)
+    command, said = out.decode().split()
+    assert (said, process.returncode) == ("ignored", 5)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(command), 0)
+
+
+def test_a_loss_found_at_the_end_is_told(runner: Runner) -> None:
+    process = runner.start("--", "sh", "-c", "echo a; read go", stdin=subprocess.PIPE)
+    session = running(runner)
+    runner.store.update_status(session.id, "active", force=True)
+    _, err = process.communicate(b"go\n", timeout=30)
+    assert process.returncode == 5
+    assert "active and held by nobody now" in err.decode()
+    assert "how the command ended is not recorded" in err.decode()
+    assert runner.session().status == "active"
+
+
+# ---- A session continued ----------------------------------------------------------------------
+
+
+def test_a_session_is_continued(runner: Runner) -> None:
+    runner.run("sh", "-c", "echo one; echo oops >&2; kill -9 $$")
+    before = runner.session()
+    assert {"exit_code", "signal"} <= before.metadata.keys()
+
+    done = runner.continued(
+        before.id, *("--meta", "branch=main", "--", "sh", "-c", 'echo "$SESSIONSTORE_SESSION_ID"')
+    )
+
+    assert (done.returncode, done.stdout.decode().strip()) == (0, before.id)
+    after = runner.session()
+    assert after.output_buffer == ("one", before.id)
+    assert after.error_buffer == ("oops",)
+    assert (after.status, after.owner) == ("terminated", None)
+    assert after.metadata["branch"] == "main"
+    assert after.metadata["exit_code"] == "0"
+    assert "signal" not in after.metadata
+    assert after.metadata["command"].startswith("sh -c 'echo ")
+    assert after.metadata["pid"] != before.metadata["pid"]
+
+
+def test_while_it_is_continued_nothing_tells_of_an_earlier_end(runner: Runner) -> None:
+    runner.run("sh", "-c", "kill -9 $$")
+    session = runner.session()
+    process = runner.start_with(
+        *("--session", session.id, "--", "sh", "-c", "echo a; read go"), stdin=subprocess.PIPE
+    )
+    during = running(runner)
+    assert during.status == "busy"
+    assert not {"exit_code", "signal"} & during.metadata.keys()
+    process.communicate(b"go\n", timeout=30)
+
+
+def test_a_session_in_other_hands_is_not_continued(runner: Runner, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    session = runner.store.create_session("claude", "s1", "/src", metadata={"exit_code": "3"})
+    with runner.store.claim(session.id) as lease:
+        done = runner.continued(session.id, "--", "touch", str(mark))
+    assert (done.returncode, done.stdout) == (1, b"")
+    told = done.stderr.decode()
+    assert told.startswith(f"error: session '{session.id}' is held by {lease.owner}, ")
+    assert re.search(r"whose lease runs for another (2\d|30)\.\d s", told)
+    assert told.count("\n") == 1
+    assert not mark.exists()
+    assert runner.session().metadata == {"exit_code": "3"}
+
+
+def test_only_what_has_not_terminated_is_continued(runner: Runner, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    session = runner.store.create_session("claude", "s1", "/src", status="terminated")
+    done = runner.continued(session.id, "--wait", "30", "--", "touch", str(mark))
+    assert done.returncode == 1
+    assert done.stderr.decode() == (
+        f"error: session '{session.id}' is terminated: only one that is active, error or starting "
+        "can be continued\n"
+    )
+    assert not mark.exists()
+
+
+def test_a_session_that_is_not_there_is_not_continued(runner: Runner) -> None:
+    assert runner.continued("agent_claude_nobody", "--", "true").returncode == 3
+
+
+def test_a_session_in_other_hands_is_waited_for(runner: Runner) -> None:
+    session = runner.store.create_session("claude", "s1", "/src")
+    with runner.store.claim(session.id) as lease:
+        process = runner.start_with("--session", session.id, "--wait", "1m", "--", "echo", "mine")
+        time.sleep(0.5)
+        assert process.poll() is None
+        assert runner.session().owner == lease.owner
+    assert process.communicate(timeout=30) == (b"mine\n", b"")
+    assert runner.session().output_buffer == ("mine",)
+
+
+# ---- As a function: the workers of the demo call it so ----------------------------------------
+
+
+def held(runner: Runner) -> list[str]:
+    return runner.redis.zrange(f"{{{runner.namespace}}}:leases", 0, -1)
+
+
+def run_here(runner: Runner, *command: str, **options: Any) -> int:
+    options = {"on_data": lambda *_: None, "stdin": subprocess.DEVNULL} | options
+    return run_command(runner.store, command, **options)
+
+
+def test_commands_follow_each_other_on_one_store(runner: Runner) -> None:
+    ids: list[str] = []
+    for code in (0, 3, 127):
+        program = ("no-such-command",) if code == 127 else ("sh", "-c", f"echo a; exit {code}")
+        assert run_here(runner, *program, type="claude", on_created=ids.append) == code
+        assert held(runner) == []
+    assert run_here(runner, "echo", "b", session_id=ids[1], on_created=ids.append) == 0
+    assert ids[3] == ids[1]
+    assert runner.store.get_session(ids[1]).output_buffer == ("a", "b")
+    assert held(runner) == []
+
+
+def test_the_session_is_claimed_when_its_id_is_told(runner: Runner) -> None:
+    owners: list[str | None] = []
+
+    def look(session_id: str) -> None:
+        owners.append(runner.store.get_session(session_id).owner)
+
+    run_here(runner, "true", type="claude", on_created=look)
+    assert owners == [runner.store.worker]
+
+
+@pytest.mark.parametrize(("is_new", "status"), [(True, "error"), (False, "active")])
+def test_a_failure_before_the_command_gives_the_session_back(
+    runner: Runner, is_new: bool, status: str
+) -> None:
+    def fail(_: str) -> None:
+        raise KeyboardInterrupt
+
+    which = {"type": "claude"}
+    if not is_new:
+        which = {"session_id": runner.store.create_session("claude", "s1", "/src").id}
+    with pytest.raises(KeyboardInterrupt):
+        run_here(runner, "true", on_created=fail, **which)
+    assert (runner.session().status, runner.session().owner) == (status, None)
+    assert held(runner) == []
+
+
+def renewed_after_the_end(runner: Runner) -> bool:
+    """Whether the lease of a run whose end the store refused to take is renewed all the same."""
+    ended = f"{{{runner.namespace}}}:ended"
+
+    def spoil(_: int, __: bytes) -> None:
+        runner.redis.set(ended, "no sorted set")
+
+    assert run_here(runner, "echo", "a", type="claude", ttl=0.5, on_data=spoil) == 0
+    first = runner.session()
+    assert (first.status, first.owner) == ("busy", runner.store.worker)
+    time.sleep(1)
+    second = runner.session()
+    runner.redis.delete(ended)
+    return first.lease_expires_at != second.lease_expires_at
+
+
+def test_an_end_that_cannot_be_recorded_is_no_failure_and_ends_the_renewal(
+    runner: Runner, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert not renewed_after_the_end(runner)
+    assert "how the command ended is not recorded" in capfd.readouterr().err
+
+
+def test_the_control_of_an_end_that_cannot_be_recorded(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that does not let go of its lease keeps the session for ever."""
+    monkeypatch.setattr("sessionstore.cli.run._Recorder.close", lambda _: None)
+    assert renewed_after_the_end(runner)
+
+
+def run_with_a_late_answer_to_its_end(runner: Runner, server: PrivateServer) -> int:
+    """The exit code of ``true`` when renewals find the lease over before its end is confirmed."""
+    script = load("update_status")
+    ours = {script.sha.encode(), script.text.encode()}
+    with (
+        FaultProxy(server.port, matches=lambda words: bool(ours & {*words}), delay=1) as proxy,
+        SessionStore.from_url(proxy.url, namespace=runner.namespace) as store,
+    ):
+        proxy.plan([Fault.DELAY_REPLY])
+        code = run_command(store, ["true"], type="claude", ttl=0.3, on_data=lambda *_: None)
+        assert proxy.injected[Fault.DELAY_REPLY] == 1
+    assert runner.session().status == "terminated"
+    return code
+
+
+def test_a_lease_that_this_worker_has_ended_itself_is_not_lost(
+    runner: Runner, server: PrivateServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_with_a_late_answer_to_its_end(runner, server) == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_the_control_of_a_lease_that_this_worker_has_ended_itself(
+    runner: Runner, server: PrivateServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that takes a renewal's word for it reports a loss that never was."""
+    monkeypatch.setattr("sessionstore.cli.run._Loss.is_ending", lambda _: None)
+    assert run_with_a_late_answer_to_its_end(runner, server) == 5
+
+
+@pytest.mark.parametrize("which", [{}, {"type": "claude", "session_id": "x"}], ids=["none", "both"])
+def test_a_new_session_or_one_to_continue_is_needed(runner: Runner, which: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="not both"):
+        run_here(runner, "true", **which)
+
+
+def test_a_bad_ttl_leaves_no_session_behind(runner: Runner) -> None:
+    with pytest.raises(ValueError, match="ttl"):
+        run_here(runner, "true", type="claude", ttl=0.0)
+    assert runner.store.get_all_sessions() == []

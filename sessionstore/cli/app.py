@@ -1,6 +1,6 @@
 """The command line as a whole: its options, its commands, and what becomes of errors.
 
-Typer reads the arguments; what the commands do is in ``look``, ``run`` and ``demo``.
+Typer reads the arguments; what the commands do is in ``look``, ``reap``, ``run`` and ``demo``.
 """
 
 from __future__ import annotations
@@ -15,16 +15,20 @@ from typing import Annotated, Any
 
 import typer
 
-from sessionstore import __version__
+from sessionstore import SessionNotActiveError, __version__
 from sessionstore.cli import failures, look, terminal
+from sessionstore.cli.failures import CommandError
 from sessionstore.cli.options import (
     GlobalOptions,
     Namespace,
     Timeout,
     Url,
+    duration,
     opened_store,
     write,
 )
+from sessionstore.cli.reap import reap
+from sessionstore.lease import DEFAULT_TTL
 
 app = typer.Typer(
     add_completion=False,  # it would write into people's shell start-up files
@@ -100,7 +104,8 @@ def global_options(
     Tables on a terminal, TSV in a pipe, JSON with --json. What an agent wrote that could harm a
     terminal is shown instead of sent, as in \\x1b or \\u202e.
 
-    Exit codes: 1 failure, 2 usage, 3 no such session, 4 store unreachable, 130 interrupted.
+    Exit codes: 1 failure, 2 usage, 3 no such session, 4 store unreachable, 5 lease lost (run),
+    130 interrupted.
     """
     context.obj = GlobalOptions(url, namespace, timeout)
     if context.invoked_subcommand is None:
@@ -115,7 +120,7 @@ def global_options(
 @app.command(
     "run",
     context_settings={"allow_interspersed_args": False},
-    options_metavar="--type TYPE [OPTIONS] [--]",
+    options_metavar="(--type TYPE | --session ID) [OPTIONS] [--]",
 )
 def run_(
     context: typer.Context,
@@ -126,7 +131,32 @@ def run_(
             help="The command. From its name on, everything is its own, options too.",
         ),
     ],
-    type: Annotated[str, typer.Option("--type", metavar="TYPE", help="The agent: claude, codex …")],
+    type: Annotated[
+        str | None,
+        typer.Option("--type", metavar="TYPE", help="The agent of a new session: claude, codex …"),
+    ] = None,
+    session: Annotated[
+        str | None,
+        typer.Option("--session", metavar="ID", help="Continue this session instead of a new one."),
+    ] = None,
+    wait: Annotated[
+        float | None,
+        typer.Option(
+            "--wait",
+            metavar="SECONDS",
+            parser=duration,
+            help="With --session: how long to wait until it is free. Default: 0.",
+        ),
+    ] = None,
+    ttl: Annotated[
+        float | None,
+        typer.Option(
+            "--ttl",
+            metavar="SECONDS",
+            parser=duration,
+            help="After which others may take the session if this process dies. Default: 30.",
+        ),
+    ] = None,
     task: Annotated[
         str | None, typer.Option("--task", metavar="ID", help="The task it works on.")
     ] = None,
@@ -156,24 +186,62 @@ def run_(
     """Run a command as a session, and exit with its exit code.
 
     Its stdout goes to the session's output and its stderr to the session's errors, line by line as
-    they appear; both pass through to the terminal too.
+    they appear; both pass through to the terminal too. Meanwhile the session is this worker's: the
+    writes of others are refused. If others end its lease all the same, the command is stopped and
+    the exit code is 5.
     """
-    from sessionstore.cli.run import run_command
+    from sessionstore.cli.run import CONTINUED, run_command
 
+    _check_which_session(
+        type,
+        session,
+        of_new={"task": task, "service": service, "mcp": mcp, "project": project, "unique": unique},
+        of_continued={"wait": wait is not None},
+    )
     metadata = dict(map(_name_and_value, meta or ()))
     # The library's own deadline: a command must not lose lines to a server that is away for 3 s.
     with opened_store(context, url, namespace, timeout, default_timeout=None) as store:
-        return run_command(
-            store,
-            command,
-            type=type,
-            service_session_id=service,
-            project_path=project,
-            task_id=task,
-            mcp_session_id=mcp,
-            metadata=metadata,
-            unique=unique,
+        try:
+            return run_command(
+                store,
+                command,
+                type=type,
+                service_session_id=service,
+                project_path=project,
+                task_id=task,
+                mcp_session_id=mcp,
+                metadata=metadata,
+                unique=unique,
+                session_id=session,
+                wait=wait or 0.0,
+                ttl=DEFAULT_TTL if ttl is None else ttl,
+            )
+        except SessionNotActiveError as error:
+            raise CommandError(
+                failures.FAILURE,
+                f"session {error.session_id!r} is {error.status}: only one that is "
+                f"{', '.join(CONTINUED[:-1])} or {CONTINUED[-1]} can be continued",
+            ) from error
+
+
+def _check_which_session(
+    type: str | None,
+    session: str | None,
+    *,
+    of_new: dict[str, object],
+    of_continued: dict[str, object],
+) -> None:
+    """A new session, or one to continue; with options that say something of it."""
+    if (type is None) == (session is None):
+        raise typer.BadParameter(
+            f"{'neither' if type is None else 'both'} given: the agent of a new session, or the "
+            "session to continue",
+            param_hint="'--type' / '--session'",
         )
+    needed, misplaced = ("--session", of_continued) if session is None else ("--type", of_new)
+    for name, value in misplaced.items():
+        if value:
+            raise typer.BadParameter(f"goes with {needed}", param_hint=f"'--{name}'")
 
 
 def _name_and_value(text: str) -> tuple[str, str]:
@@ -183,13 +251,14 @@ def _name_and_value(text: str) -> tuple[str, str]:
     return name, value
 
 
-# ---- Looking, and removing ---------------------------------------------------------------------
+# ---- Looking, removing, reaping ------------------------------------------------------------------
 
 app.command("ls")(look.list_sessions)
 app.command("show")(look.show)
 app.command("logs")(look.logs)
 app.command("metrics")(look.metrics)
 app.command("rm")(look.remove)
+app.command("reap")(reap)
 
 
 # ---- Trying it out ----------------------------------------------------------------------------

@@ -4,6 +4,7 @@
     2    wrong usage: an option, an argument, a missing or wrong setting
     3    no such session
     4    the store cannot be reached, or refuses the password
+    5    ``run`` has lost its lease on the session, and stopped its command
     130  interrupted (Ctrl-C)
     141  whoever read the output has gone, as a command killed by SIGPIPE
 
@@ -36,6 +37,7 @@ FAILURE = 1
 USAGE = 2
 NO_SESSION = 3
 UNREACHABLE = 4
+LEASE_LOST = 5
 INTERRUPTED = 130
 READER_GONE = 141
 

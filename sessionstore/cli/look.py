@@ -14,7 +14,12 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from sessionstore import AgentSession, AgentSessionStatus, SessionNotFoundError
+from sessionstore import (
+    AgentSession,
+    AgentSessionStatus,
+    SessionBusyError,
+    SessionNotFoundError,
+)
 from sessionstore.cli import failures, terminal
 from sessionstore.cli.failures import note
 from sessionstore.cli.options import (
@@ -52,6 +57,7 @@ _TSV_COLUMNS = (
     "output_total",
     "error_total",
     "owner",
+    "lease_expires_at",
     "last_output",
 )
 
@@ -287,6 +293,9 @@ def metrics(
 def remove(
     context: typer.Context,
     session_ids: Annotated[list[str], typer.Argument(metavar="ID", help="The sessions' ids.")],
+    force: Annotated[
+        bool, typer.Option("--force", help="Also sessions that a worker holds; it loses them.")
+    ] = False,
     json: Json = False,
     url: Url = None,
     namespace: Namespace = None,
@@ -294,19 +303,28 @@ def remove(
 ) -> int:
     """Delete sessions with their output.
 
-    Those that are there are deleted even if others are not; then the exit code is 3.
+    Those that can be are deleted even if others are not there (then the exit code is 3) or are held
+    by a worker (1).
     """
     deleted: dict[str, bool] = {}
+    held: dict[str, SessionBusyError] = {}
     with opened_store(context, url, namespace, timeout) as store:
         try:
             for session_id in dict.fromkeys(session_ids):
-                deleted[session_id] = store.delete_session(session_id)
+                try:
+                    deleted[session_id] = store.delete_session(session_id, force=force)
+                except SessionBusyError as error:
+                    deleted[session_id], held[session_id] = False, error
         finally:  # what was deleted is said even if the next one fails
-            _show_deleted(deleted, json=json)
+            _show_deleted(deleted, held, json=json)
+    if held:
+        return failures.FAILURE
     return 0 if all(deleted.values()) else failures.NO_SESSION
 
 
-def _show_deleted(deleted: dict[str, bool], *, json: bool) -> None:
+def _show_deleted(
+    deleted: dict[str, bool], held: dict[str, SessionBusyError], *, json: bool
+) -> None:
     if json:
         answers = ({"id": id, "deleted": done} for id, done in deleted.items())
         for line in terminal.to_json_list(answers):
@@ -320,5 +338,7 @@ def _show_deleted(deleted: dict[str, bool], *, json: bool) -> None:
         for session_id, done in deleted.items():
             write(terminal.tsv((session_id, str(done).lower())))
     for session_id, done in deleted.items():
-        if not done:
+        if session_id in held:
+            note(f"error: {terminal.one_line(str(held[session_id]))}; --force deletes it")
+        elif not done:
             note(f"error: no session {session_id!r}")

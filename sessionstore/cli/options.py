@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ from sessionstore.settings import SettingsArguments
 
 DEADLINE = 5.0  # seconds: a person waits
 _DEADLINE_VARIABLE = "SESSIONSTORE_DEADLINE"
+
+_DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([smhd]?)")
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}  # seconds
 
 _STORE_PANEL = "The store"
 Url = Annotated[
@@ -53,6 +57,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, whether on a ter
 SessionId = Annotated[str, typer.Argument(metavar="ID", help="The session's id.")]
 
 
+def duration(text: str) -> float:
+    """Seconds, from ``30``, ``1.5``, ``90s``, ``15m``, ``12h`` or ``7d``."""
+    found = _DURATION.fullmatch(text.strip())
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is no duration: 30 (seconds), 90s, 15m, 12h or 7d")
+    return float(found[1]) * _UNITS[found[2]]
+
+
 @dataclass(frozen=True, slots=True)
 class GlobalOptions:
     """The options given before the command; the same after it win."""
@@ -72,13 +84,7 @@ def opened_store(
 ) -> Generator[SessionStore, None, None]:
     """The store that options and environment name."""
     before: GlobalOptions = context.obj
-    url = url or before.url or os.environ.get(URL_VARIABLE)
-    if not url:
-        raise CommandError(
-            failures.USAGE,
-            f"no server is named: set {URL_VARIABLE} or pass --url, "
-            "for example redis://localhost:6379",
-        )
+    url = named_url(context, url)
     settings: SettingsArguments = {}
     namespace = namespace if namespace is not None else before.namespace
     if namespace is not None:
@@ -101,6 +107,19 @@ def opened_store(
         raise _invalid_url()
     with opened, failures.naming_the_server(url, opened.settings.deadline):
         yield opened
+
+
+def named_url(context: typer.Context, url: str | None) -> str:
+    """The server's URL, from the options or the environment."""
+    before: GlobalOptions = context.obj
+    url = url or before.url or os.environ.get(URL_VARIABLE)
+    if not url:
+        raise CommandError(
+            failures.USAGE,
+            f"no server is named: set {URL_VARIABLE} or pass --url, "
+            "for example redis://localhost:6379",
+        )
+    return url
 
 
 def _invalid_url() -> CommandError:

@@ -3,6 +3,10 @@
 The command's stdout and stderr are pipes. A thread each passes the bytes through at once and
 stores them as entries, line by line as they appear. The command is the main thing: an outage of
 the store holds its output up for a while, it does not end it.
+
+The session is claimed for as long as the command runs. A lease that cannot be renewed in an outage
+is this worker's still; one that others have ended is lost, and then the command is stopped: two
+agents at work on one session do more harm than one that has to start again.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,18 +28,28 @@ from uuid import uuid4
 from redis.exceptions import OutOfMemoryError
 
 from sessionstore import (
+    AgentSessionStatus,
     InvalidArgumentError,
+    Lease,
+    LeaseLostError,
     OutcomeUnknownError,
+    SessionBusyError,
     SessionNotFoundError,
     SessionStore,
+    SessionStoreError,
 )
+from sessionstore import arguments as check
 from sessionstore.arguments import MAX_CHUNKS, MAX_METADATA_BYTES, MAX_METADATA_NAMES
+from sessionstore.cli.failures import LEASE_LOST
 from sessionstore.errors import TRANSIENT
+from sessionstore.holding import LONGEST_TTL, SHORTEST_TTL
+from sessionstore.lease import DEFAULT_TTL
 from sessionstore.lines import LineSplitter
 
 PATIENCE = 60.0  # seconds that output waits for an unreachable store before it goes unrecorded
 LINGER = 2.0  # seconds without output after which a background process's pipe is left behind
 LONGEST_LINGER = 10.0  # seconds after the command's end, whatever the background process writes
+STOPPED_AFTER = 5.0  # seconds that a command has to end by itself when its lease is lost
 READ_SIZE = 64 * 1024
 FORWARDED = (
     signal.SIGHUP,
@@ -49,59 +63,110 @@ FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # exit codes, as a shell gives them
 
 STDOUT, STDERR = 1, 2
-OWN_METADATA = ("command", "host", "pid", "exit_code", "signal")
+#: Of an earlier run, and not true of this one.
+FORMER_METADATA = ("pid", "exit_code", "signal")
+OWN_METADATA = ("command", "host", *FORMER_METADATA)
+#: What a session may be to be continued.
+CONTINUED: tuple[AgentSessionStatus, ...] = ("active", "error", "starting")
 # An outage, and a server whose memory is full for a while.
 PASSING: tuple[type[Exception], ...] = (OutcomeUnknownError, OutOfMemoryError, *TRANSIENT)
+# The session is in other hands, or gone.
+LOST = (LeaseLostError, SessionBusyError, SessionNotFoundError)
 
 
 def run_command(
     store: SessionStore,
     command: Sequence[str],
     *,
-    type: str,
+    type: str | None = None,
     service_session_id: str | None = None,
     project_path: str | None = None,
     task_id: str | None = None,
     mcp_session_id: str | None = None,
     metadata: dict[str, str] | None = None,
     unique: bool = False,
+    session_id: str | None = None,
+    expected: AgentSessionStatus | Iterable[AgentSessionStatus] = CONTINUED,
+    wait: float = 0.0,
+    ttl: float = DEFAULT_TTL,
     on_created: Callable[[str], None] | None = None,
     on_data: Callable[[int, bytes], None] | None = None,
     stdin: int | None = None,
 ) -> int:
-    """Run a command as a session and wait for its end.
+    """Run a command as a session that this worker holds, and wait for its end.
 
     Args:
         store: where the session is kept.
         command: the program and its arguments.
+        type: the agent; a new session is created.
         service_session_id: None: one is made up from host, pid and chance.
         project_path: the directory that the session is said to work in; None: the current one.
-        on_created: told the session's id before the command starts.
+        session_id: instead of ``type``: the session to continue.
+        expected: the status, or statuses, that a session to be continued must have.
+        wait: seconds to wait for a session to be continued, as for ``claim``.
+        ttl: seconds after which others may take the session if this process dies.
+        on_created: told the session's id when it is claimed, before the command starts.
         on_data: given every piece of output, with its file descriptor (1 or 2), instead of this
             process's own stdout and stderr.
         stdin: what the command reads, as for ``subprocess.Popen``; None: this process's stdin.
 
     Returns:
-        The command's exit code; 128 + n if signal n ended it; 127 if there is no such command.
+        The command's exit code; 128 + n if signal n ended it; 127 if there is no such command;
+        5 if the lease was lost.
+
+    Raises:
+        SessionBusyError: another worker holds the session to be continued.
+        SessionNotActiveError: its status is not among ``expected``.
     """
+    if (type is None) == (session_id is None):
+        raise InvalidArgumentError.of("type", "or session_id must be given, and not both")
     if len(metadata or {}) > MAX_METADATA_NAMES - len(OWN_METADATA):
         raise InvalidArgumentError.of(
             "metadata", f"has no room for the names of run itself: {', '.join(OWN_METADATA)}"
         )
+    # Before a session is created that could not be claimed.
+    check.seconds("ttl", ttl, SHORTEST_TTL, LONGEST_TTL)
     host = socket.gethostname()
-    session = store.create_session(
-        type,
-        service_session_id or f"run-{host}-{os.getpid()}-{uuid4().hex[:8]}",
-        project_path or _printable(os.getcwd()),
-        task_id,
-        mcp_session_id,
-        status="starting",
-        metadata=(metadata or {}) | {"command": _shortened(shlex.join(command)), "host": host},
-        unique=unique,
-    )
-    if on_created is not None:
-        on_created(session.id)
-    recorder = _Recorder(store, session.id)
+    about = (metadata or {}) | {"command": _shortened(shlex.join(command)), "host": host}
+    if type is not None:
+        created = store.create_session(
+            type,
+            service_session_id or f"run-{host}-{os.getpid()}-{uuid4().hex[:8]}",
+            project_path or _printable(os.getcwd()),
+            task_id,
+            mcp_session_id,
+            status="starting",
+            metadata=about,
+            unique=unique,
+        )
+        lease = store.claim(created.id, ttl=ttl, expected="starting")
+    else:
+        assert session_id is not None
+        lease = store.claim(session_id, ttl=ttl, wait=wait, expected=expected)
+    recorder = _Recorder(store, lease)
+    try:
+        if type is None:
+            store.update_metadata(lease.session_id, about | dict.fromkeys(FORMER_METADATA))
+        if on_created is not None:
+            on_created(lease.session_id)
+        return _run(command, recorder, on_data or _pass_through, stdin)
+    except BaseException:
+        with suppress(Exception):  # what went wrong before matters more
+            lease.release("active" if type is None else "error")
+        raise
+    finally:
+        recorder.close()
+
+
+def _run(
+    command: Sequence[str],
+    recorder: _Recorder,
+    pass_on: Callable[[int, bytes], None],
+    stdin: int | None,
+) -> int:
+    """Run a command under its lease; the exit code."""
+    if recorder.loss.is_found:
+        return LEASE_LOST
     with _forwarded_signals() as signals:
         try:
             process = subprocess.Popen(
@@ -109,15 +174,20 @@ def run_command(
                 stdin=stdin,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env={**os.environ, "SESSIONSTORE_SESSION_ID": session.id},
+                env={**os.environ, "SESSIONSTORE_SESSION_ID": recorder.session_id},
             )
         except (OSError, ValueError) as error:
-            return _not_started(command[0], error, recorder, on_data or _pass_through)
-        with process:
-            signals.forward_to(process)
-            code = _accompany(process, recorder, on_data or _pass_through)
-        recorder.finish(code)
-        return 128 - code if code < 0 else code
+            code = _not_started(command[0], error, recorder, pass_on)
+        else:
+            with process:
+                signals.forward_to(process)
+                recorder.loss.stops(process)
+                code = _accompany(process, recorder, pass_on)
+            recorder.finish(code)
+    if recorder.loss.is_found:
+        recorder.loss.is_told.wait(1)  # another thread is about to say it
+        return LEASE_LOST
+    return 128 - code if code < 0 else code
 
 
 def _not_started(
@@ -142,7 +212,6 @@ def _accompany(
         _Pump(process.stderr, STDERR, recorder, store.add_error, pass_on),
     ]
     recorder.call(store.update_metadata, recorder.session_id, {"pid": str(process.pid)})
-    recorder.call(store.update_status, recorder.session_id, "busy")
     code = process.wait()
     give_up_at = time.monotonic() + LONGEST_LINGER
     for pump in pumps:
@@ -150,14 +219,82 @@ def _accompany(
     return code
 
 
-class _Recorder:
-    """Writes to the session, through outages of the store."""
+class _Loss:
+    """The end of a lease by others: the command is stopped, and nothing more is written.
 
-    def __init__(self, store: SessionStore, session_id: str) -> None:
+    Whichever thread finds it out tells it here: the one that renews, or one that writes.
+    """
+
+    def __init__(self, lease: Lease) -> None:
+        self.is_found = False
+        self.is_told = threading.Event()
+        self._session_id = lease.session_id
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_ending = False
+        lease.on_lost(self._told)
+
+    def stops(self, process: subprocess.Popen[bytes]) -> None:
+        """The command that is to be stopped."""
+        with self._lock:
+            self._process = process
+        if self.is_found:
+            self._stop(process)
+
+    def is_ending(self) -> None:
+        """From now on only writes can find it.
+
+        A lease that this worker has ended itself looks lost to a renewal, as long as the answer to
+        the write that ended it has not come.
+        """
+        with self._lock:
+            self._is_ending = True
+
+    def find(self, error: SessionStoreError) -> None:
+        """A write, or a renewal, was refused with this."""
+        with self._lock:
+            if self.is_found:
+                return
+            self.is_found = True
+            process, is_ending = self._process, self._is_ending
+        if error.owner:
+            now = f"held by {error.owner} now"
+        else:
+            now = f"{error.status} and held by nobody now" if error.status else "it was deleted"
+        what = "how the command ended is not recorded" if is_ending else "stopping the command"
+        if process is not None and not is_ending:
+            self._stop(process)  # before a word: stderr may block
+        _say(f"the lease on {self._session_id} was lost ({now}): {what}")
+        self.is_told.set()
+
+    def _told(self, lease: Lease) -> None:
+        with self._lock:
+            if self._is_ending:
+                return
+        try:
+            lease.renew()
+        except LeaseLostError as error:  # what is known of the loss; nothing was sent
+            self.find(error)
+
+    def _stop(self, process: subprocess.Popen[bytes]) -> None:
+        with suppress(ProcessLookupError):
+            process.terminate()
+        killing = threading.Timer(STOPPED_AFTER, process.kill)  # does nothing to one that has ended
+        killing.daemon = True
+        killing.start()
+
+
+class _Recorder:
+    """Writes to the session, through outages of the store, until the lease is over."""
+
+    def __init__(self, store: SessionStore, lease: Lease) -> None:
         self.store = store
-        self.session_id = session_id
+        self.session_id = lease.session_id
+        self.loss = _Loss(lease)
+        self._lease = lease
         self._longest = store.settings.chunk_limit
         self._given_up = False
+        self._closed = False
 
     def add(self, append: Callable[..., int], entries: Sequence[str]) -> None:
         """Store entries; ``append`` is ``add_output`` or ``add_error``."""
@@ -168,51 +305,64 @@ class _Recorder:
     def call(self, operation: Callable[..., Any], *arguments: Any) -> None:
         """Carry out one write, patiently; not at all once the output was given up."""
         if not self._given_up:
-            failure = self._try(operation, *arguments)
+            failure = self._try(PATIENCE, operation, *arguments)
             if failure is not None:
                 self._given_up = True
                 _say(f"{failure}: the command goes on, unrecorded")
 
     def finish(self, code: int) -> None:
-        """Say how the command ended; the status first, it is what others wait for."""
-        status = "terminated" if code == 0 else "error"
-        facts = {"exit_code": str(128 - code if code < 0 else code)}
-        if code < 0:
-            facts["signal"] = signal.Signals(-code).name
-        for operation, value in (
-            (self.store.update_status, status),
-            (self.store.update_metadata, facts),
-        ):
-            failure = self._try(operation, self.session_id, value)
-            if failure is not None:
-                _say(f"{failure}: how the command ended is not recorded")
-                return
+        """Say how the command ended; the status ends the lease.
 
-    def _try(self, operation: Callable[..., Any], *arguments: Any) -> str | None:
-        """Carry out one write; what is wrong if it cannot be."""
-        give_up_at = time.monotonic() + PATIENCE
+        What the metadata say comes before it, if the lease certainly lasts: whoever waits for the
+        end finds them, and they do not come after those of the next worker. But a store that does
+        not take them now, for its memory is full, still takes the status.
+        """
+        status = "terminated" if code == 0 else "error"
+        facts = {
+            "exit_code": str(128 - code if code < 0 else code),
+            "signal": _signal_name(-code) if code < 0 else None,
+        }
+        tell = (self.store.update_metadata, self.session_id, facts)
+        told = self._lease.expires_in > 0 and self._try(0, *tell) is None
+        self.loss.is_ending()
+        failure = self._try(PATIENCE, self.store.update_status, self.session_id, status)
+        if failure is None and not told:
+            failure = self._try(PATIENCE, *tell)
+        if failure is not None:
+            _say(f"{failure}: how the command ended is not recorded")
+
+    def close(self) -> None:
+        """Write nothing more. A lease that could not be given back is left to the reapers."""
+        self._closed = True
+        self._lease.abandon()
+
+    def _try(self, patience: float, operation: Callable[..., Any], *arguments: Any) -> str | None:
+        """Carry out one write, unless the lease is lost; what is wrong if it cannot be."""
+        give_up_at = time.monotonic() + patience
         unknown: OutcomeUnknownError | None = None
         told = False
-        while True:
+        while not (self.loss.is_found or self._closed):
             try:
                 if unknown is None:
                     operation(*arguments)
                 else:
                     self.store.repeat(unknown)
                 return None
-            except SessionNotFoundError:
-                return f"session {self.session_id} was deleted"
+            except LOST as error:
+                if not self._closed:
+                    self.loss.find(error)
             except PASSING as error:
                 if isinstance(error, OutcomeUnknownError):
                     unknown = error
                 if time.monotonic() > give_up_at:
-                    return f"the store took nothing for {PATIENCE:.0f} s ({error})"
+                    return f"the store took nothing for {patience:.0f} s ({error})"
                 if not told:
                     told = True
                     _say(f"the store takes nothing now ({error}), output waits for it")
                 time.sleep(0.2)
             except Exception as error:
                 return f"the store refuses ({error})"
+        return None
 
 
 class _Pump:
@@ -331,6 +481,13 @@ def _pass_through(descriptor: int, data: bytes) -> None:
 def _say(message: str) -> None:
     with suppress(OSError):
         print(f"sessionstore: {message}", file=sys.stderr, flush=True)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most real-time signals have none
+        return str(number)
 
 
 def _pieces(entry: str, longest: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""What ``ls``, ``show`` and ``metrics`` look like on a terminal.
+"""What ``ls``, ``show``, ``metrics`` and ``reap`` look like on a terminal.
 
 Every value passes through ``terminal.one_line`` on its way into a ``Text``, and a ``Text`` knows
 no markup: ``[red]`` in an agent's line is just that.
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from sessionstore.cli import terminal
-from sessionstore.models import AgentSession, SessionMetrics
+from sessionstore.models import AgentSession, Reaped, SessionMetrics
 
 STATUS_STYLES = {
     "starting": "cyan",
@@ -73,6 +73,8 @@ _COLUMNS = {
     "id": _Column("ID", None),
     "type": _Column("TYPE", None),
     "status": _Column("STATUS", None),
+    "owner": _Column("OWNER", 24, keep_end=True),
+    "lease": _Column("LEASE", None, right=True),
     "service": _Column("SERVICE", 18),
     "task": _Column("TASK", 16),
     "project": _Column("PROJECT", 24, keep_end=True),
@@ -82,9 +84,16 @@ _COLUMNS = {
     "last": _Column("LAST OUTPUT", None, style="dim"),
 }
 #: Columns in the order in which a wider terminal gets them.
-_BY_IMPORTANCE = ("id", "status", "idle", "lines", "age", "task", "project", "service", "type")
+_BY_IMPORTANCE = (
+    *("id", "status", "idle", "lines", "lease", "age"),
+    *("task", "owner", "project", "service", "type"),
+)
 #: Columns whose values, where there is no room for a column, come in the line below.
-_BELOW = ("task", "service", "project")
+_BELOW = ("owner", "lease", "task", "service", "project")
+#: Columns that there are only if some session has a value.
+_OF_SOME = ("owner", "lease")
+#: Columns that come as long as the last output still fits beside them.
+_NAMES = ("task", "owner", "service", "project")
 
 
 def session_lines(sessions: Sequence[AgentSession], width: int) -> Iterator[Text]:
@@ -99,7 +108,7 @@ def session_lines(sessions: Sequence[AgentSession], width: int) -> Iterator[Text
     widths = {
         name: max(cell_len(column.header), *(cell_len(row[name]) for row in rows))
         for name, column in _COLUMNS.items()
-        if name != "last"
+        if name != "last" and (name not in _OF_SOME or any(row[name] for row in rows))
     }
     shown, left = _columns_that_fit(widths, width)
     beside = left >= _NARROWEST_LAST_LINE
@@ -134,6 +143,8 @@ def _cells(session: AgentSession) -> dict[str, str]:
         "age": duration((session.read_at - session.created_at).total_seconds()),
         "idle": duration(session.idle_for),
         "lines": f"{session.output_total:,}/{session.error_total:,}",
+        "owner": session.owner or "",
+        "lease": lease_left(session),
         "last": _last_line(session.output_buffer),
     }
     return {name: _COLUMNS[name].cut(terminal.one_line(value)) for name, value in cells.items()}
@@ -142,14 +153,13 @@ def _cells(session: AgentSession) -> dict[str, str]:
 def _columns_that_fit(widths: dict[str, int], width: int) -> tuple[set[str], int]:
     """The columns that fit, and how much they leave for the last output.
 
-    The important ones come first; those that only name things come as long as the last output
-    still fits beside them.
+    The important ones come first.
     """
-    reserved: dict[str, int] = dict.fromkeys(_BELOW, _GAP + _NARROWEST_LAST_LINE)
+    reserved: dict[str, int] = dict.fromkeys(_NAMES, _GAP + _NARROWEST_LAST_LINE)
     reserved["type"] = _GAP + _WIDE_LAST_LINE
     shown: set[str] = set()
     left = width
-    for name in _BY_IMPORTANCE:
+    for name in filter(widths.__contains__, _BY_IMPORTANCE):
         needed = widths[name] + (_GAP if shown else 0)
         if name in ("id", "status") or needed + reserved.get(name, 0) <= left:
             shown.add(name)
@@ -200,6 +210,14 @@ def duration(seconds: float) -> str:
     return f"{max(0, int(seconds))}s"
 
 
+def lease_left(session: AgentSession) -> str:
+    """How long a lease runs unless it is renewed; ``expired`` until somebody has reaped it."""
+    if session.owner is None or session.lease_expires_at is None:
+        return ""
+    seconds = (session.lease_expires_at - session.read_at).total_seconds()
+    return duration(seconds) if seconds > 0 else "expired"
+
+
 # ---- show -------------------------------------------------------------------------------------
 
 
@@ -216,10 +234,7 @@ def detail_lines(session: AgentSession, width: int) -> Iterator[Text]:
     yield _field("created", _moment(session.created_at, now))
     yield _field("active", _moment(session.last_activity, now))
     if session.owner is not None:
-        lease = session.lease_expires_at
-        seconds = (lease - now).total_seconds() if lease else 0
-        ends = f", lease ends in {duration(seconds)}" if seconds > 0 else ""
-        yield _field("owner", f"{session.owner}{ends}")
+        yield _field("owner", f"{session.owner}{_lease(session.lease_expires_at, now)}")
     for number, (name, value) in enumerate(sorted(session.metadata.items())):
         yield _field("metadata" if number == 0 else "", f"{name} = {value}")
     yield from _buffer("output", session.output_buffer, session.output_total, width)
@@ -230,6 +245,15 @@ def _field(name: str, value: str | None, style: str = "") -> Text:
     line = Text(f"{_INDENT}{name:<8}  ", style="dim")
     shown = Text("–", style="dim") if value is None else Text(terminal.one_line(value), style)
     return Text.assemble(line, shown)
+
+
+def _lease(expires_at: datetime | None, now: datetime) -> str:
+    if expires_at is None:
+        return ""
+    seconds = (expires_at - now).total_seconds()
+    if seconds > 0:
+        return f", lease ends in {duration(seconds)}"
+    return f", lease expired {duration(-seconds)} ago"
 
 
 def _moment(moment: datetime, now: datetime) -> str:
@@ -249,6 +273,54 @@ def _buffer(name: str, entries: Sequence[str], total: int, width: int) -> Iterat
         for line in terminal.lines(entry).removesuffix("\n").split("\n"):
             cut = _cut(line.expandtabs(4), width - 2 * len(_INDENT) - 2)
             yield Text.assemble((f"{_INDENT * 2}│ ", "dim"), cut)
+
+
+# ---- reap -------------------------------------------------------------------------------------
+
+_ACTION_STYLES = {"marked": "yellow", "lost": "bold red"}
+
+
+def reaped_lines(
+    reaped: Sequence[Reaped], width: int, *, header: bool, dry_run: bool
+) -> Iterator[Text]:
+    """What a pass of the reaper did, or would do; why stands beside or, without room, below.
+
+    The lost worker has no column: the reason names it.
+    """
+    names = ("action", "id", "status")
+    rows = [
+        {
+            "action": one.action,
+            "id": terminal.one_line(one.session_id),
+            "status": one.status,
+            "reason": terminal.one_line(one.reason),
+        }
+        for one in reaped
+    ]
+    titles = {"action": "WOULD BE" if dry_run else "ACTION", "id": "ID", "status": "STATUS"}
+    least = {"action": len("terminated"), "id": 0, "status": len("terminated")}
+    widths = {
+        name: max(least[name], len(titles[name]), *(cell_len(row[name]) for row in rows))
+        for name in names
+    }
+    left = width - sum(widths.values()) - _GAP * len(names)
+    beside = all(cell_len(row["reason"]) <= left for row in rows)
+    if header:
+        cells = [titles[name].ljust(widths[name]) for name in names]
+        yield Text((" " * _GAP).join([*cells, "REASON"] if beside else cells).rstrip(), "bold")
+    for row in rows:
+        line = Text()
+        for name in names:
+            style = _ACTION_STYLES.get(row[name], "dim") if name == "action" else ""
+            style = STATUS_STYLES[row[name]] if name == "status" else style
+            line.append(row[name], style=style)
+            line.append(" " * (widths[name] - cell_len(row[name]) + _GAP))
+        if beside:
+            line.append(row["reason"], style="dim")
+        line.rstrip()
+        yield line
+        if not beside:
+            yield Text(_INDENT + row["reason"], style="dim")
 
 
 # ---- metrics ----------------------------------------------------------------------------------
