@@ -88,7 +88,7 @@ class HeldLease:
         return self._holding.released
 
     def abandon(self) -> None:
-        """Renew it no more and write nothing: the session stays ``busy`` until the lease expires."""
+        """Neither renew it nor give the session back: it is ``busy`` until the lease expires."""
         self._registry.forget(self._holding)
 
     def on_lost(self, callback: Callable[[Self], object]) -> None:

@@ -309,7 +309,7 @@ class SessionStore(_Store, SyncExecutor):
         """
         pending = self._take_pending(error)
         try:
-            result = self._carry_out(pending.request, pending.lane, is_repeat=True)
+            result: Any = self._carry_out(pending.request, pending.lane, is_repeat=True)
             return self.execute(result) if isinstance(result, REQUESTS) else result
         except Exception:
             raise
@@ -502,7 +502,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         self._refuse_other_loop()
         pending = self._take_pending(error)
         try:
-            result = await self._carry_out(pending.request, pending.lane, is_repeat=True)
+            result: Any = await self._carry_out(pending.request, pending.lane, is_repeat=True)
             return await self.execute(result) if isinstance(result, REQUESTS) else result
         except Exception:
             raise
