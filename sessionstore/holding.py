@@ -257,7 +257,7 @@ class Leases:
             logger.warning("%s was not released: %s", holding.session_id, failure)
         finally:
             self.forget(holding)
-        if holding.lost is not None and holding.lost.status == "busy" and error is None:
+        if holding.lost is not None and holding.lost.owner and error is None:
             raise holding.lost  # somebody else is at work on it, and so were we
 
     def _telling(self, holding: Holding, error: BaseException) -> Steps[None]:

@@ -306,11 +306,16 @@ class AsyncClaim:
         try:
             return await asyncio.shield(attempt)
         except asyncio.CancelledError:
-            with suppress(Exception):
-                lease: AsyncLease = await attempt
-                status: Any = lease._holding.taken_from  # pyright: ignore[reportPrivateUsage]
-                await lease.release("active" if status == "busy" else status)
+            undoing = self._leases.in_background(self._undo(attempt))
+            await asyncio.wait([undoing])  # cancelled once more: it is given back all the same
             raise
+
+    async def _undo(self, attempt: asyncio.Task[AsyncLease]) -> None:
+        """Give back what nobody waits for any more, with the status it had."""
+        with suppress(Exception):
+            lease = await attempt
+            status: Any = lease._holding.taken_from  # pyright: ignore[reportPrivateUsage]
+            await lease.release("active" if status == "busy" else status)
 
     async def __aenter__(self) -> AsyncLease:
         self._lease = await self._take()

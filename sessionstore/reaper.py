@@ -51,7 +51,10 @@ class _Reaping:
             if one.action != "marked":
                 logger.info("%s %s: %s", one.session_id, one.action, one.reason)
             if self._on_reaped is not None:
-                self._on_reaped(one)
+                try:
+                    self._on_reaped(one)
+                except Exception:
+                    logger.exception("on_reaped failed, told of %s", one.session_id)
         # Not all workers at the same time.
         pause = self.every * random.uniform(0.9, 1.1)
         return min(pause, LOOK_AGAIN * grace) if reaped else pause

@@ -13,9 +13,10 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self, TypeVar
 from uuid import uuid4
 
 import fakeredis
@@ -24,8 +25,11 @@ import pytest
 import redis
 from rawkeys import RawKeys
 
-from sessionstore import AsyncSessionStore, SessionStore
+from sessionstore import AsyncLease, AsyncSessionStore, SessionStore
 from sessionstore._server import PrivateServer, ServerNotFoundError, ServerProgram, find_program
+from sessionstore.lease import AsyncClaim
+
+T = TypeVar("T")
 
 FAKEREDIS = "fakeredis"
 
@@ -104,9 +108,12 @@ def own_server(request: pytest.FixtureRequest) -> Iterator[PrivateServer]:
 
 
 class Awaiting:
-    """An async store whose coroutine functions are run to their end at once."""
+    """An async store, or a lease of it, whose coroutine functions are run to their end at once.
 
-    def __init__(self, store: AsyncSessionStore, runner: asyncio.Runner) -> None:
+    Its tasks go on only while something is run: see ``World.sleep``.
+    """
+
+    def __init__(self, store: AsyncSessionStore | AsyncLease, runner: asyncio.Runner) -> None:
         self.store = store
         self._runner = runner
 
@@ -119,6 +126,8 @@ class Awaiting:
         return value
 
     def _blocking(self, result: Any) -> Any:
+        if isinstance(result, AsyncClaim):
+            return Awaiting(self._runner.run(_awaited(result)), self._runner)
         return self._iterate(result) if isinstance(result, AsyncIterator) else result
 
     def _iterate(self, iterator: AsyncIterator[Any]) -> Iterator[Any]:
@@ -130,6 +139,17 @@ class Awaiting:
                 yield self._runner.run(following())
             except StopAsyncIteration:
                 return
+
+    def __enter__(self) -> Self:
+        self._runner.run(self.store.__aenter__())
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self._runner.run(self.store.__aexit__(*exc_info))
+
+
+async def _awaited(claim: AsyncClaim) -> AsyncLease:
+    return await claim
 
 
 class World(RawKeys):
@@ -171,6 +191,21 @@ class World(RawKeys):
             store = Awaiting(opened, self.runner)
         self._opened.append(store)
         return store
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass, and what works in the background work."""
+        if self.runner is None:
+            time.sleep(seconds)
+        else:
+            self.runner.run(asyncio.sleep(seconds))
+
+    def until(self, condition: Callable[[], T], seconds: float = 30.0) -> T:
+        """The condition's first true value; a test fails if none comes in time."""
+        give_up = time.monotonic() + seconds
+        while not (value := condition()):
+            assert time.monotonic() < give_up, "what was waited for did not happen"
+            self.sleep(0.02)
+        return value
 
     def close(self) -> None:
         if self.url is not None:

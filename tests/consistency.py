@@ -93,6 +93,7 @@ def _assert_partition_consistent(
         session_id: microseconds(fields["last_activity"]) for session_id, fields in live.items()
     }
     assert set(client.zrange(f"{prefix}ended", 0, -1)) == set(sessions) - set(live)
+    _assert_leases_consistent(client, prefix, sessions)
 
     buffers = set()
     for session_id, fields in sessions.items():
@@ -105,7 +106,7 @@ def _assert_partition_consistent(
             if entries:
                 buffers.add(key)
 
-    allowed = {"events", "types", "sessions", "activity", "ended", "leases"}
+    allowed = {"events", "types", "sessions", "activity", "ended", "leases", "reaping"}
     allowed |= buffers | set(expected_sets) | {f"session:{session_id}" for session_id in sessions}
     assert {key for key in keys if not key.startswith("lane:")} <= allowed
     with client.pipeline(transaction=False) as pipe:
@@ -113,6 +114,26 @@ def _assert_partition_consistent(
             pipe.ttl(prefix + key)
         for key, ttl in zip(keys, pipe.execute(), strict=True):
             assert (ttl > 0) == key.startswith("lane:"), f"{key}: expires in {ttl} s"
+
+
+def _assert_leases_consistent(
+    client: redis.Redis, prefix: str, sessions: dict[str, dict[str, str]]
+) -> None:
+    """An owner, an expiry, and an entry with the same expiry go together; owners' sets are above.
+
+    The fence outlives its lease. A mark of the reaper's does not.
+    """
+    held = {session_id: fields for session_id, fields in sessions.items() if "owner" in fields}
+    assert dict(client.zrange(f"{prefix}leases", 0, -1, withscores=True)) == {
+        session_id: microseconds(fields["lease_expires_at"]) / 1000
+        for session_id, fields in held.items()
+    }
+    for session_id, fields in sessions.items():
+        if session_id in held:
+            assert fields["status"] == "busy"
+            assert fields["fence"].isdecimal()
+        else:
+            assert fields.keys().isdisjoint({"lease_expires_at", "reap_seen_ms"})
 
 
 def expected_metrics(world: Any) -> dict[str, Any]:

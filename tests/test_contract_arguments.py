@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
 from collections.abc import Iterator
 from enum import Enum
 from typing import Any
@@ -17,8 +18,10 @@ import redis
 from conftest import Awaiting
 
 from sessionstore import (
+    AsyncReaper,
     AsyncSessionStore,
     InvalidArgumentError,
+    Reaper,
     SessionStore,
     SessionStoreError,
     UnknownSessionTypeError,
@@ -47,7 +50,9 @@ GOOD: dict[str, dict[str, Any]] = {
     "read_output": {"session_id": ID},
     "read_errors": {"session_id": ID},
     "update_metadata": {"session_id": ID, "metadata": {"branch": "main"}},
+    "reap": {},
     "ping": {},
+    "claim": {"session_id": ID, "expected": ("active", "busy")},
 }
 
 MIB = 1024 * 1024
@@ -156,6 +161,13 @@ SECONDS = [
     (1e10, "must be a number"),
     (True, "must be seconds, not bool"),
 ]
+TTL = [
+    *SECONDS,
+    (0, "must be 0.1 to 86400 seconds, not 0"),
+    (0.09, "must be 0.1 to 86400 seconds"),
+    (86_401, "must be 0.1 to 86400 seconds"),
+    (None, "must be seconds, not NoneType"),
+]
 ORDER = [
     ("newest", "must be 'created' or '-last_activity', not 'newest'"),
     ("-created", "must be"),
@@ -216,11 +228,18 @@ BAD: dict[str, dict[str, list[tuple[Any, str]]]] = {
         "session_id": ID_TEXT,
         "metadata": [*METADATA, (None, "must be a mapping")],
     },
+    "reap": {"idle_for": SECONDS, "ended_for": SECONDS, "limit": PAGE},
     "ping": {},
+    "claim": {
+        "session_id": ID_TEXT,
+        "ttl": TTL,
+        "wait": [*SECONDS, (None, "must be seconds, not NoneType")],
+        "expected": [*STATUSES, (None, "must be a status or several")],
+    },
 }
 
 #: Any value has a truth: there is no bad one.
-SWITCHES = {"unique", "live", "force"}
+SWITCHES = {"unique", "live", "force", "dry_run"}
 
 CASES = [
     pytest.param(method, argument, value, rule, id=f"{method}-{argument}-{i}")
@@ -269,8 +288,9 @@ def test_each_argument_of_each_operation_has_its_refusals() -> None:
         for name, value in vars(SessionOperations).items()
         if hasattr(value, "build")
     }
-    assert {name: set(BAD.get(name, ())) for name in operations} == {
-        name: parameters - SWITCHES for name, parameters in operations.items()
+    claim = set(inspect.signature(SessionStore.claim).parameters) - {"self"}
+    assert {name: set(arguments) for name, arguments in BAD.items()} == {
+        name: parameters - SWITCHES for name, parameters in (operations | {"claim": claim}).items()
     }
 
 
@@ -279,6 +299,58 @@ def test_a_good_call_is_sent(unreachable: Any, method: str) -> None:
     """The control: here it fails because nobody listens."""
     with pytest.raises(redis.RedisError):
         list(call(unreachable, method, dict(GOOD[method])))  # an iterator asks when it is asked
+
+
+@pytest.mark.parametrize(
+    ("status", "rule"), [*STATUS, ("busy", "must be another than busy")], ids=repr
+)
+def test_a_lease_cannot_be_released_with_a_bad_status(
+    store: Any, world: Any, status: Any, rule: str
+) -> None:
+    session_id = store.create_session("claude", "s", "/src").id
+    lease = store.claim(session_id)
+    before = world.redis.hgetall(world.session(session_id))
+    with pytest.raises(InvalidArgumentError, match=rf"^status {rule}"):
+        lease.release(status=status)
+    assert world.redis.hgetall(world.session(session_id)) == before
+    assert not lease.released
+
+
+def test_a_callback_that_is_no_function_is_refused(store: Any) -> None:
+    lease = store.claim(store.create_session("claude", "s", "/src").id)
+    with pytest.raises(InvalidArgumentError, match=r"^callback must be a function"):
+        lease.on_lost("call me")
+
+
+#: argument of a reaper → (bad value, what the message says)
+BAD_REAPERS: dict[str, list[tuple[Any, str]]] = {
+    "every": [
+        *SECONDS,
+        (None, "must be seconds, not NoneType"),
+        (0, "must be 0.01 to 86400 seconds"),
+        (86_401, "must be 0.01 to 86400 seconds"),
+    ],
+    "idle_for": SECONDS,
+    "ended_for": SECONDS,
+    "on_reaped": [("print", "must be a function of a Reaped")],
+}
+
+
+@pytest.mark.parametrize("reaper", [Reaper, AsyncReaper])
+@pytest.mark.parametrize(
+    ("argument", "value", "rule"),
+    [(name, *bad) for name, several in BAD_REAPERS.items() for bad in several],
+)
+def test_a_bad_argument_of_a_reaper_is_named(
+    unreachable: Any, reaper: type[Any], argument: str, value: Any, rule: str
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=rf"^{argument} {re.escape(rule)}"):
+        reaper(unreachable, **{argument: value})
+
+
+@pytest.mark.parametrize("reaper", [Reaper, AsyncReaper])
+def test_each_argument_of_a_reaper_has_its_refusals(reaper: type[Any]) -> None:
+    assert set(inspect.signature(reaper).parameters) - {"store"} == set(BAD_REAPERS)
 
 
 def test_a_refusal_is_a_value_error_and_an_error_of_the_store(unreachable: Any) -> None:

@@ -193,7 +193,7 @@ def test_a_session_leaves_its_life_in_the_events(world: Any, store: Any) -> None
     store.update_status(session_id, "active")
     store.update_status(session_id, "terminated", expected="active")
     store.delete_session(session_id)
-    common = {"session_id": session_id, "type": "claude"}
+    common = {"session_id": session_id, "type": "claude", "actor": store.worker}
     assert world.events() == [
         {"event": "created", "status": "starting"} | common,
         {"event": "status_changed", "old_status": "starting", "status": "active"} | common,

@@ -73,6 +73,23 @@ def test_a_value_that_no_session_has_finds_nothing(shelf: Shelf) -> None:
         assert shelf.store.find_sessions(**{name: "nobody"}) == [], name
 
 
+def test_sessions_are_found_by_the_worker_that_holds_them(world: Any, store: Any) -> None:
+    one, other = world.store(worker="one"), world.store(worker="other")
+    held = [store.create_session("claude", f"s-{i}", "/src").id for i in range(6)]
+    leases = [(one if i % 3 else other).claim(own) for i, own in enumerate(held)]
+    owner = leases[1].owner
+    expected = [own for i, own in enumerate(held) if i % 3]
+
+    assert ids(store.find_sessions(owner=owner)) == expected
+    assert ids(store.iter_sessions(owner=owner)) == expected
+    assert ids(store.find_sessions(owner=owner, status="active")) == []
+    assert {found.owner for found in store.find_sessions(owner=owner)} == {owner}
+
+    leases[1].release()
+    store.update_status(held[2], "terminated", force=True)
+    assert ids(store.find_sessions(owner=owner)) == held[4:]
+
+
 def test_an_ended_session_counts_as_idle_since_it_ended(world: Any, store: Any) -> None:
     session_id = store.create_session("claude", "s", "/src").id
     store.update_status(session_id, "terminated")

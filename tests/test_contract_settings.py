@@ -40,6 +40,9 @@ DEFAULTS = {
     "deadline": 10.0,
     "max_connections": 50,
     "allow_eviction": False,
+    "worker": "",
+    "reap_grace": 10.0,
+    "retention": None,
 }
 
 #: name → (in the environment, as a value)
@@ -53,6 +56,9 @@ OTHERS: dict[str, tuple[str, Any]] = {
     "deadline": ("2.5", 2.5),
     "max_connections": ("1", 1),
     "allow_eviction": ("true", True),
+    "worker": ("builder-1.a_b", "builder-1.a_b"),
+    "reap_grace": ("0.5", 0.5),
+    "retention": ("86400", 86400.0),
 }
 
 BAD: list[tuple[str, Any]] = [
@@ -83,6 +89,22 @@ BAD: list[tuple[str, Any]] = [
     ("max_connections", 0),
     ("max_connections", "x"),
     ("allow_eviction", "maybe"),
+    ("worker", "a b"),
+    ("worker", "a:b"),
+    ("worker", "x" * 65),
+    ("worker", "x\n"),
+    ("worker", None),
+    ("reap_grace", 0),
+    ("reap_grace", -1),
+    ("reap_grace", 3601),
+    ("reap_grace", float("nan")),
+    ("reap_grace", "a while"),
+    ("reap_grace", None),
+    ("retention", -1),
+    ("retention", 1e10),
+    ("retention", float("inf")),
+    ("retention", float("nan")),
+    ("retention", "for ever"),
 ]
 
 

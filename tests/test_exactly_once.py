@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import redis
 import redis.asyncio
+from consistency import assert_consistent
 from faults import AFTER_THE_COMMAND, Fault, FaultProxy, FaultyWorld, seeded, shuffled
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ConstantBackoff
@@ -31,11 +32,15 @@ import sessionstore.store
 from sessionstore import (
     AgentSession,
     InvalidArgumentError,
+    LeaseLostError,
     MetadataLimitError,
     OutcomeUnknownError,
     ServiceSessionInUseError,
+    SessionBusyError,
+    SessionNotActiveError,
     SessionNotFoundError,
     SessionStatusError,
+    SessionStoreError,
 )
 from sessionstore._server import PrivateServer
 from sessionstore.scripts import Script, load
@@ -84,12 +89,93 @@ def delete_created(world: FaultyWorld, _: str) -> None:
         world.direct.delete_session(created.id)
 
 
+LONG = 3600.0  # seconds: no lease is renewed in the background during a test
+
+
+class Workers:
+    """What the cases about leases do besides their one write."""
+
+    def __init__(self) -> None:
+        self._leases: dict[str, Any] = {}
+
+    def claim(self, world: FaultyWorld, store: Any, session_id: str) -> None:
+        """Through the store under test; and keep the hash as it is then."""
+        self._leases[session_id] = store.claim(session_id, ttl=LONG)
+        copy_aside(world, session_id)
+
+    def claim_and_lose(self, world: FaultyWorld, store: Any, session_id: str) -> None:
+        self.claim(world, store, session_id)
+        world.direct.update_status(session_id, "active", force=True)
+
+    def renew(self, _: Any, session_id: str) -> Any:
+        return self._leases[session_id].renew()
+
+    def release(self, _: Any, session_id: str) -> Any:
+        return self._leases[session_id].release()
+
+
+WORKERS = Workers()
+
+
+def claim_by_another(world: FaultyWorld, session_id: str) -> None:
+    world.direct.claim(session_id, ttl=LONG)
+    world.direct._leases.end_renewal()
+
+
+def free(world: FaultyWorld, session_id: str) -> None:
+    world.direct.update_status(session_id, "active", force=True)
+
+
+def expire(world: FaultyWorld, session_id: str) -> None:
+    """Another worker's lease has expired, and was marked 15 seconds ago."""
+    claim_by_another(world, session_id)
+    mark = int((time.time() - 15) * 1000)
+    fields = {"lease_expires_at": "1970-01-01T00:00:01.000000Z", "reap_seen_ms": mark}
+    world.redis.hset(world.session(session_id), mapping=fields)
+    world.redis.zadd(f"{world.prefix}leases", {session_id: 1_000})
+    copy_aside(world, session_id)
+
+
+def unmark(world: FaultyWorld, session_id: str) -> None:
+    world.redis.hdel(world.session(session_id), "reap_seen_ms")
+
+
+def expire_unmarked(world: FaultyWorld, session_id: str) -> None:
+    expire(world, session_id)
+    unmark(world, session_id)
+
+
+def come_to_life(world: FaultyWorld, session_id: str) -> None:
+    put_back(world, session_id)
+    world.redis.zadd(f"{world.prefix}leases", {session_id: 1_000})
+
+
+def be_idle(world: FaultyWorld, session_id: str) -> None:
+    world.redis.zadd(f"{world.prefix}activity", {session_id: 1_000_000})
+
+
+def be_ended(world: FaultyWorld, session_id: str) -> None:
+    world.direct.update_status(session_id, "terminated")
+    world.redis.zadd(f"{world.prefix}ended", {session_id: 1_000_000})
+    copy_aside(world, session_id)
+
+
+def be_ended_again(world: FaultyWorld, session_id: str) -> None:
+    put_back(world, session_id)
+    world.redis.zadd(f"{world.prefix}ended", {session_id: 1_000_000})
+
+
+def reap(store: Any, **arguments: Any) -> list[str]:
+    return [one.action for one in store.reap(**arguments)]
+
+
 @dataclass(frozen=True)
 class Case:
     """One write with one outcome.
 
-    ``meddle`` changes the world after the first run so that a second run would do something: the
-    write must still be answered as the first run was, and must do nothing more.
+    ``begin`` is what the same store has done before, on a good network. ``meddle`` changes the
+    world after the first run so that a second run would do something: the write must still be
+    answered as the first run was, and must do nothing more.
     """
 
     name: str
@@ -97,6 +183,16 @@ class Case:
     expected: Any  # the answer, or the class of answer or error
     meddle: Callable[[FaultyWorld, str], Any]
     prepare: Callable[[FaultyWorld, str], Any] = lambda *_: None
+    begin: Callable[[FaultyWorld, Any, str], Any] | None = None
+
+    def opened(self, world: FaultyWorld, session_id: str) -> Any:
+        """A store that has done what comes before."""
+        self.prepare(world, session_id)
+        store = world.store()
+        store.ping()
+        if self.begin is not None:
+            self.begin(world, store, session_id)
+        return store
 
 
 MISSING = {"expected": SessionNotFoundError, "prepare": hide, "meddle": put_back}
@@ -196,6 +292,95 @@ CASES = (
         put_back,
         hide,
     ),
+    Case(
+        "claim",
+        lambda store, session_id: store.claim(session_id, ttl=LONG).session_id == session_id,
+        True,
+        free,
+    ),
+    Case(
+        "claim-busy",
+        lambda store, session_id: store.claim(session_id, ttl=LONG),
+        SessionBusyError,
+        free,
+        claim_by_another,
+    ),
+    Case(
+        "claim-not-active",
+        lambda store, session_id: store.claim(session_id, ttl=LONG),
+        SessionNotActiveError,
+        free,
+        lambda world, session_id: world.direct.update_status(session_id, "starting"),
+    ),
+    Case("claim-missing", lambda store, session_id: store.claim(session_id, ttl=LONG), **MISSING),
+    Case(
+        "renew",
+        WORKERS.renew,
+        None,
+        lambda *_: None,  # a second run would set a later time
+        begin=WORKERS.claim,
+    ),
+    Case("renew-lost", WORKERS.renew, LeaseLostError, put_back, begin=WORKERS.claim_and_lose),
+    Case("release", WORKERS.release, None, put_back, begin=WORKERS.claim),
+    Case("release-lost", WORKERS.release, LeaseLostError, put_back, begin=WORKERS.claim_and_lose),
+    Case(
+        "add_output-held",
+        lambda store, session_id: store.add_output(session_id, "line"),
+        1,
+        lambda *_: None,
+        begin=WORKERS.claim,
+    ),
+    Case(
+        "add_output-lost",
+        lambda store, session_id: store.add_output(session_id, "line"),
+        LeaseLostError,
+        put_back,
+        begin=WORKERS.claim_and_lose,
+    ),
+    Case(
+        "add_output-busy",
+        lambda store, session_id: store.add_output(session_id, "line"),
+        SessionBusyError,
+        free,
+        claim_by_another,
+    ),
+    Case(
+        "update_status-busy",
+        lambda store, session_id: store.update_status(session_id, "terminated"),
+        SessionBusyError,
+        free,
+        claim_by_another,
+    ),
+    Case(
+        "update_status-force",
+        lambda store, session_id: store.update_status(session_id, "active", force=True),
+        None,
+        claim_by_another,
+        claim_by_another,
+    ),
+    Case(
+        "delete_session-busy",
+        lambda store, session_id: store.delete_session(session_id),
+        SessionBusyError,
+        free,
+        claim_by_another,
+    ),
+    Case("reap-marked", lambda store, _: reap(store), ["marked"], unmark, expire_unmarked),
+    Case("reap-lost", lambda store, _: reap(store), ["lost"], come_to_life, expire),
+    Case(
+        "reap-idle",
+        lambda store, _: reap(store, idle_for=1000),
+        ["terminated"],
+        lambda world, session_id: (free(world, session_id), be_idle(world, session_id)),
+        be_idle,
+    ),
+    Case(
+        "reap-ended",
+        lambda store, _: reap(store, ended_for=1000),
+        ["deleted"],
+        be_ended_again,
+        be_ended,
+    ),
 )
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -229,9 +414,7 @@ class Observed:
 def lose_the_reply(world: FaultyWorld, case: Case, fault: Fault) -> Observed:
     """Carry out the case's write; its first reply gets lost, and the world moves on meanwhile."""
     session_id = world.direct.create_session("claude", "service", "/src").id
-    case.prepare(world, session_id)
-    store = world.store()
-    store.ping()
+    store = case.opened(world, session_id)
     seen: list[dict[bytes, bytes]] = [world.contents()]
 
     def meanwhile() -> None:
@@ -292,6 +475,18 @@ def test_a_session_created_despite_a_lost_reply_is_returned_as_it_is_stored(
     assert created == stored.model_copy(update={"read_at": created.read_at})
 
 
+def test_a_lease_claimed_despite_a_lost_reply_has_the_fence_that_is_stored(
+    world: FaultyWorld,
+) -> None:
+    session_id = world.direct.create_session("claude", "service", "/src").id
+    world.proxy.plan([Fault.LOSE_REPLY])
+
+    lease = world.store().claim(session_id)
+
+    assert world.redis.hget(world.session(session_id), "fence") == str(lease.fence)
+    lease.release()
+
+
 def test_a_refusal_keeps_its_details_through_a_lost_reply(world: FaultyWorld) -> None:
     holder = world.direct.create_session("claude", "service", "/src", status="starting")
     world.proxy.plan([Fault.LOSE_REPLY])
@@ -314,8 +509,7 @@ def deliver_late(world: FaultyWorld, case: Case) -> tuple[list[bytes], list[bool
         The server's two answers, and for each whether it changed anything.
     """
     session_id = world.direct.create_session("claude", "service", "/src").id
-    case.prepare(world, session_id)
-    store = world.store()
+    store = case.opened(world, session_id)
     world.proxy.plan([Fault.LOSE_REQUEST])
     assert is_as_expected(outcome_of(lambda: case.act(store, session_id)), case.expected)
     (harmed,) = world.proxy.harmed
@@ -331,7 +525,7 @@ def deliver_late(world: FaultyWorld, case: Case) -> tuple[list[bytes], list[bool
     deliver()
     store.create_session("claude", "the lane's next write", "/src")
     (last_write,) = [held for key, held in world.lanes().items() if key.endswith(own_lane)]
-    assert last_write.startswith("2 ok ")
+    assert last_write.startswith("2 ok " if case.begin is None else "3 ok ")
     deliver()
     return answers, changes
 
@@ -400,6 +594,79 @@ def test_a_client_with_hidden_retries_stores_each_append_once(world: FaultyWorld
     )
 
     assert stored == [f"line {number}" for number in range(APPENDS)]
+
+
+# ---- Claims at random faults --------------------------------------------------------------
+
+TURNS = 60  # each of four writes
+
+
+def take_turns_in_bad_weather(
+    world: FaultyWorld, store: Any, faults: tuple[Fault, ...]
+) -> tuple[list[str], list[str]]:
+    """Claim, renew, append and release while faults strike and old copies keep arriving.
+
+    Returns:
+        The events of the session, and its lines.
+    """
+    rng = seeded()
+    session_id = world.direct.create_session("claude", "service", "/src").id
+    world.proxy.plan(shuffled(rng, faults, 4 * TURNS))
+    late, fences = 0, []
+    for number in range(TURNS):
+        with store.claim(session_id, ttl=LONG) as lease:
+            lease.renew()
+            assert store.add_output(session_id, f"line {number}") == number + 1
+            fences.append(lease.fence)
+        for harmed in world.proxy.harmed[-2:]:
+            if rng.random() < 0.5:
+                world.proxy.deliver(harmed.request)
+                late += 1
+    assert world.proxy.injected == Counter(faults)
+    assert late >= 10
+    assert fences == sorted(set(fences))
+    events = [fields["event"] for _, fields in world.redis.xrange(f"{world.prefix}events")]
+    return events, list(world.redis.lrange(f"{world.prefix}session:{session_id}:output", 0, -1))
+
+
+def assert_each_turn_once(world: FaultyWorld, events: list[str], lines: list[str]) -> None:
+    assert events == ["created", *["claimed", "released"] * TURNS]
+    assert lines == [f"line {number}" for number in range(TURNS)]
+    assert_consistent(world)
+
+
+def test_claims_at_random_faults_happen_once_and_in_order(world: FaultyWorld) -> None:
+    turns = take_turns_in_bad_weather(world, world.store(), BREAKS * FAULTS_OF_EACH_KIND)
+
+    assert_each_turn_once(world, *turns)
+
+
+def test_claims_through_a_client_with_hidden_retries_happen_once(world: FaultyWorld) -> None:
+    retry = (Retry if world.style == "sync" else AsyncRetry)(ConstantBackoff(0.001), 50)
+    store = world.store_on_client(socket_timeout=0.15, retry=retry)
+
+    turns = take_turns_in_bad_weather(
+        world, store, BREAKS * FAULTS_OF_EACH_KIND + WAITS * WAITS_OF_EACH_KIND
+    )
+
+    assert_each_turn_once(world, *turns)
+
+
+def test_without_the_guard_claims_at_random_faults_go_wrong(
+    server: PrivateServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessionstore.store, "load", unguarded)
+    world = FaultyWorld("sync", server)
+
+    def take_turns() -> None:
+        turns = take_turns_in_bad_weather(world, world.store(), BREAKS * FAULTS_OF_EACH_KIND)
+        assert_each_turn_once(world, *turns)
+
+    try:
+        with pytest.raises((SessionStoreError, AssertionError)):
+            take_turns()
+    finally:
+        world.close()
 
 
 def test_the_default_client_of_redis_py_stores_an_append_once(world: FaultyWorld) -> None:

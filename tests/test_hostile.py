@@ -358,6 +358,8 @@ ABOUT_A_SESSION: dict[str, Callable[[Any, str], Any]] = {
     "update_status": lambda store, text: store.update_status(text, "busy"),
     "update_activity": lambda store, text: store.update_activity(text),
     "update_metadata": lambda store, text: store.update_metadata(text, {"a": "b"}),
+    "claim": lambda store, text: store.claim(text),
+    "update_status, force": lambda store, text: store.update_status(text, "active", force=True),
     "read_output": lambda store, text: store.read_output(text),
     "read_errors": lambda store, text: store.read_errors(text),
 }
@@ -378,7 +380,10 @@ def test_a_hostile_id_finds_no_session_and_touches_nothing(
         for call in ABOUT_A_SESSION.values():
             outcomes.missing(lambda call=call, text=text: call(store, text))
         assert outcomes.attempt(lambda text=text: store.find_session(text)) is None
-        assert not outcomes.attempt(lambda text=text: store.delete_session(text))
+        for force in (False, True):
+            assert not outcomes.attempt(
+                lambda text=text, force=force: store.delete_session(text, force=force)
+            )
 
     assert outcomes.counted["not found"] > 100
     assert outcomes.counted["refused"] > 100
@@ -409,6 +414,7 @@ def _assert_nothing_is_sent(world: World) -> None:
         lambda store, text: store.find_sessions(status=text),
         lambda store, text: store.find_sessions(task_id=text),
         lambda store, text: store.iter_sessions(owner=text),
+        lambda store, text: store.claim(own, expected=text),
         lambda store, text: store.delete_session(text),
     ]
     for text in ("\x00", "a\r\nb", "\ud800", "x" * (2**20 + 1), "", "\u2028"):

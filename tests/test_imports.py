@@ -57,6 +57,7 @@ def test_using_a_store_imports_no_more_of_the_library(server: PrivateServer) -> 
         "with sessionstore.SessionStore() as store:\n"
         "    own = store.create_session('claude', 's', '/src').id\n"
         "    store.add_output(own, 'line'), store.get_session(own), store.get_all_sessions()\n"
+        "    with store.claim(own): store.reap()\n"
         "    assert store.delete_session(own)\n"
         "late = {n for n in sys.modules if n not in before and n.startswith('sessionstore')}\n"
         "assert not late, late\n"

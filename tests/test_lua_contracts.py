@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import re
 import struct
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from hashlib import sha1
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,12 @@ LUA = Path(sessionstore.__file__).parent / "lua"
 SCRIPTS = sorted(path.stem for path in LUA.glob("*.lua"))
 INCLUDES = sorted(path.stem for path in (LUA / "include").glob("*.lua"))
 INTERNAL = {"open_store", "read_buffer", "read_whole"}
+OF_LEASES = {"claim", "renew"}  # operations of a store and of a lease, more than one round trip
+
+WRITING = (
+    *("HSET", "HDEL", "SET", "DEL", "UNLINK", "SADD", "ZADD", "SREM", "ZREM"),
+    *("RPUSH", "LPOP", "LTRIM", "XADD"),
+)
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 every_include = pytest.mark.parametrize("include", INCLUDES)
@@ -73,7 +83,7 @@ def test_a_header_says_what_goes_in_and_what_comes_out(script: str) -> None:
 
 @every_script
 def test_a_script_is_named_for_its_operation(script: str) -> None:
-    assert hasattr(SessionOperations, script) or script in INTERNAL
+    assert hasattr(SessionOperations, script) or script in INTERNAL | OF_LEASES
 
 
 @every_script
@@ -89,7 +99,7 @@ def test_a_write_takes_its_lane_and_number_first(script: str) -> None:
 @every_script
 def test_a_script_that_changes_keys_is_guarded_by_its_lane(script: str) -> None:
     """Opening a store is no write: a second run of it finds what the first has written."""
-    writes = r"redis\.call\('(HSET|HDEL|SET|DEL|UNLINK|[SZ]ADD|[SZ]REM|RPUSH|LPOP|LTRIM|XADD)'"
+    writes = rf"redis\.call\('({'|'.join(WRITING)})'"
     changes = re.search(writes, load(script).text) is not None
 
     assert changes == ("once" in includes_of(text_of(script)) or script == "open_store")
@@ -143,14 +153,39 @@ def test_every_code_of_a_script_has_an_error_class(script: str) -> None:
 
 
 def of_a_script(error: type[SessionStoreError]) -> bool:
-    """Whether the class makes its message from a script's details."""
-    return "message" in vars(error)
+    """Whether the class makes its message from a script's details, or inherits one that does."""
+    own: Any = error.message
+    return own.__func__ is not vars(SessionStoreError)["message"].__func__
 
 
 def test_every_error_class_of_a_script_is_some_scripts_refusal() -> None:
     used = set().union(*map(refusals_of, SCRIPTS))
 
     assert used == {code for code, error in _BY_CODE.items() if of_a_script(error)}
+
+
+#: These must go on when memory is full, so that an hour of it kills no lease.
+SHRINKING = {"claim", "renew", "reap", "update_status", "delete_session"}
+
+
+def first_write(script: str) -> str:
+    """The first write in the script's own text, apart from those of functions before it."""
+    writes = rf"run_at_full_memory\(\)|redis\.call\('(?:{'|'.join(WRITING)})'"
+    body = text_of(script).partition("--- @include")[2]
+    found = re.search(writes, re.sub(r"(?ms)^local function .*?^end$", "", body))
+    assert found is not None
+    return found[0]
+
+
+@pytest.mark.parametrize("script", sorted(SHRINKING))
+def test_what_must_run_at_full_memory_begins_with_what_lets_it(script: str) -> None:
+    assert first_write(script) == "run_at_full_memory()"
+
+
+@pytest.mark.parametrize("script", ["create_session", "update_metadata"])
+def test_what_grows_does_not(script: str) -> None:
+    """The control: the same look at other scripts."""
+    assert first_write(script).startswith("redis.call('")
 
 
 @every_script
@@ -251,14 +286,103 @@ def test_a_script_that_writes_never_swallows_an_error(script: str) -> None:
 
 # ---- A key of the wrong type --------------------------------------------------------------
 
-WRITES: dict[str, Callable[[Any, str], Any]] = {
-    "create_session": lambda store, _: store.create_session("codex", "new", "/src", "task", "mcp"),
-    "update_status": lambda store, session_id: store.update_status(session_id, "terminated"),
-    "update_activity": lambda store, session_id: store.update_activity(session_id),
-    "add_output": lambda store, session_id: store.add_output(session_id, "more"),
-    "add_error": lambda store, session_id: store.add_error(session_id, "more"),
-    "update_metadata": lambda store, session_id: store.update_metadata(session_id, {"a": None}),
-    "delete_session": lambda store, session_id: store.delete_session(session_id),
+
+@dataclass(frozen=True)
+class Write:
+    """A write of a store's, and what comes before it."""
+
+    act: Callable[[Any, str], Any]
+    prepare: Callable[[Table, str], Any] = lambda *_: None
+
+
+LONG = 3600.0  # seconds: no lease is renewed in the background during a test
+RETENTION = 1000.0  # seconds
+
+
+def claim(table: Table, session_id: str) -> None:
+    table.store.claim(session_id, ttl=LONG)
+
+
+def claim_by_another(table: Table, session_id: str) -> None:
+    """By a worker whose fence the store does not know."""
+    claim(table, session_id)
+    table.forget_leases()
+
+
+def lose(table: Table, session_id: str) -> None:
+    """A lease of another worker that has expired, and was marked 15 seconds ago."""
+    claim_by_another(table, session_id)
+    raw, key = table.raw, table.world.session(session_id)
+    raw.hset(key, mapping={"lease_expires_at": iso_of(1_000), "owner": "other:1"})
+    raw.hset(key, "reap_seen_ms", int((time.time() - 15) * 1000))
+    raw.zadd(f"{table.world.prefix}leases", {session_id: 1_000})
+    owners = f"{table.world.prefix}sessions:owner:"
+    raw.smove(f"{owners}{table.store.worker}", f"{owners}other:1", session_id)
+
+
+def expire(table: Table, session_id: str) -> None:
+    """The same without the mark."""
+    lose(table, session_id)
+    table.raw.hdel(table.world.session(session_id), "reap_seen_ms")
+
+
+def be_idle(table: Table, session_id: str) -> None:
+    key = table.world.session(session_id)
+    table.raw.hset(key, "last_activity", iso_of(2_000))
+    table.raw.zadd(f"{table.world.prefix}activity", {session_id: 2_000_000})
+
+
+def end_long_ago(table: Table, session_id: str) -> None:
+    table.store.update_status(session_id, "terminated")
+    table.raw.zadd(f"{table.world.prefix}ended", {session_id: 1_000_000})
+
+
+def iso_of(milliseconds: int) -> str:
+    moment = datetime.fromtimestamp(milliseconds / 1000, UTC)
+    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def reap(store: Any, **arguments: Any) -> None:
+    if not store.reap(**arguments):
+        raise SessionStoreError("it was passed over")
+
+
+def renew(store: Any) -> None:
+    (held,) = store._leases.held()
+    store.carry(store._leases.renewing(held))
+
+
+WRITES: dict[str, Write] = {
+    "create_session": Write(
+        lambda store, _: store.create_session("codex", "new", "/src", "task", "mcp")
+    ),
+    "update_status": Write(lambda store, own: store.update_status(own, "terminated")),
+    "update_activity": Write(lambda store, own: store.update_activity(own)),
+    "add_output": Write(lambda store, own: store.add_output(own, "more")),
+    "add_error": Write(lambda store, own: store.add_error(own, "more")),
+    "update_metadata": Write(lambda store, own: store.update_metadata(own, {"a": None})),
+    "delete_session": Write(lambda store, own: store.delete_session(own)),
+    "claim": Write(lambda store, own: store.claim(own, ttl=LONG)),
+    "claim, expired": Write(lambda store, own: store.claim(own, ttl=LONG), expire),
+    "claim, ended": Write(
+        lambda store, own: store.claim(own, ttl=LONG, expected=("error", "terminated")),
+        end_long_ago,
+    ),
+    "add_output, held": Write(lambda store, own: store.add_output(own, "more"), claim),
+    "renew": Write(lambda store, _: renew(store), claim),
+    "release": Write(lambda store, own: store.update_status(own, "active"), claim),
+    "end, held": Write(lambda store, own: store.update_status(own, "error"), claim),
+    "delete_session, held": Write(lambda store, own: store.delete_session(own), claim),
+    "update_status, force": Write(
+        lambda store, own: store.update_status(own, "active", force=True), claim_by_another
+    ),
+    "delete_session, force": Write(
+        lambda store, own: store.delete_session(own, force=True), claim_by_another
+    ),
+    "reap, marked": Write(lambda store, _: reap(store), expire),
+    "reap, lost": Write(lambda store, _: reap(store), lose),
+    "reap, idle": Write(lambda store, _: reap(store, idle_for=1000), be_idle),
+    "reap, ended": Write(lambda store, _: reap(store, ended_for=1000), end_long_ago),
 }
 #: Of the sessions that are created: known beforehand, so that its keys can be spoilt too.
 NEW_ID = "agent_codex_00000000-0000-4000-8000-000000000000"
@@ -275,14 +399,16 @@ def world(server: PrivateServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wo
 class Table:
     """One session in a namespace of its own, set up anew for each key that is spoilt."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, prepare: Callable[[Table, str], Any]) -> None:
         self.world = world
-        self.raw = world.client()
-        self.store = world.store()
+        self.raw: Any = world.client()
+        self.store = world.store(retention=RETENTION)
         self.id = "agent_claude_00000000-0000-4000-8000-000000000000"
+        self._prepare = prepare
         self.set_up()
 
     def set_up(self) -> None:
+        self.forget_leases()
         for key in self.raw.scan_iter(f"{self.world.prefix}*", count=1000):
             if b":lane:" not in key:
                 self.raw.unlink(key)
@@ -291,6 +417,10 @@ class Table:
             self.store.create_session("claude", "s", "/src", "task", "mcp", metadata={"a": "b"})
         self.store.add_output(self.id, "line")
         self.store.add_error(self.id, "line")
+        self._prepare(self, self.id)
+
+    def forget_leases(self) -> None:
+        self.store._leases.end_renewal()
 
     def contents(self) -> dict[bytes, bytes]:
         return contents(self.raw, self.world.prefix)
@@ -303,24 +433,25 @@ class Table:
         else:
             self.raw.set(key, "spoilt")
 
-    def changed_keys(self, write: Callable[[Any, str], Any]) -> set[bytes]:
+    def changed_keys(self, act: Callable[[Any, str], Any]) -> set[bytes]:
         """The keys that the write changes when all is well."""
         before = self.contents()
-        write(self.store, self.id)
+        act(self.store, self.id)
         after = self.contents()
         self.set_up()
         return {key for key in before | after if before.get(key) != after.get(key)}
 
 
-def half_done(world: World, write: Callable[[Any, str], Any]) -> tuple[list[str], int]:
+def half_done(world: World, write: Write) -> tuple[list[str], int]:
     """Spoil each key of the namespace in turn, and carry out the write.
 
     Returns:
         The spoilt keys at which the write failed and had changed something all the same; and at
         how many it failed.
     """
-    table = Table(world)
-    concerned = table.changed_keys(write)
+    table = Table(world, write.prepare)
+    concerned = table.changed_keys(write.act)
+    assert concerned
     (lane,) = table.raw.scan_iter(f"{world.prefix}lane:*")
     found, failures = [], 0
     for key in sorted(concerned | set(table.contents()) | {lane}):
@@ -328,7 +459,7 @@ def half_done(world: World, write: Callable[[Any, str], Any]) -> tuple[list[str]
         table.spoil(key)
         before = table.contents()
         try:
-            write(table.store, table.id)
+            write.act(table.store, table.id)
         except (redis.ResponseError, SessionStoreError):
             failures += 1
             if table.contents() != before:
@@ -340,6 +471,7 @@ def half_done(world: World, write: Callable[[Any, str], Any]) -> tuple[list[str]
         if kept is not None:
             table.raw.restore(key, 600_000, kept, replace=True)
         table.set_up()
+    table.forget_leases()
     return found, failures
 
 
@@ -356,15 +488,70 @@ def test_a_key_of_the_wrong_type_stops_a_write_before_it_changes_anything(
 def unchecked(name: str) -> Script:
     """A script that does not look at its keys' types first."""
     text = load(name).text.replace("redis.call(PROBE[type], key)", "")
+    text = text.replace("found ~= type and found ~= 'none'", "false")
     return Script(text, sha1(text.encode()).hexdigest())
 
 
-@pytest.mark.parametrize("name", ["create_session", "update_status", "delete_session"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("create_session", "update_status", "delete_session", "claim", "claim, expired"),
+        *("renew", "release", "delete_session, held", "reap, lost", "reap, idle", "reap, ended"),
+    ],
+)
 def test_without_the_check_a_key_of_the_wrong_type_leaves_a_write_half_done(
     world: World, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sessionstore.store, "load", unchecked)
 
     found, _ = half_done(world, WRITES[name])
+
+    assert found
+
+
+# ---- A session that retention passes over -------------------------------------------------------
+
+
+def torn_by_retention(world: World) -> tuple[list[str], int]:
+    """Spoil each key of a session that a create would clear, in turn, and create.
+
+    Returns:
+        The spoilt keys at which the session was cleared in part; and at how many it was left alone.
+    """
+    table = Table(world, end_long_ago)
+    prefix = world.prefix.encode()
+    of_the_session = {key for key in table.contents() if b":session" in key}
+    of_the_session -= {prefix + b"sessions"}
+    found, left_alone = [], 0
+    for key in sorted(of_the_session):
+        table.spoil(key)
+        before = table.contents()
+        with suppress(redis.ResponseError):
+            table.store.create_session("codex", "new", "/src")
+        after = table.contents()
+        kept = {one for one in of_the_session if before[one] == after.get(one)}
+        for name in ("sessions", "ended"):
+            if table.raw.zscore(world.prefix + name, table.id) is not None:
+                kept.add(name.encode())
+        left_alone += kept == of_the_session | {b"sessions", b"ended"}
+        if kept and kept != of_the_session | {b"sessions", b"ended"}:
+            found.append(key.decode())
+        table.set_up()
+    return found, left_alone
+
+
+def test_an_expired_session_with_a_spoilt_key_is_cleared_whole_or_left_alone(world: World) -> None:
+    found, left_alone = torn_by_retention(world)
+
+    assert found == []
+    assert left_alone == 6  # its hash, and the sets of type, status, service, task and mcp
+
+
+def test_without_the_check_an_expired_session_is_cleared_in_part(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessionstore.store, "load", unchecked)
+
+    found, _ = torn_by_retention(world)
 
     assert found

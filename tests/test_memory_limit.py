@@ -8,6 +8,7 @@ controls begin with a write that shrinks, or use several commands: the same chec
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from redis.exceptions import OutOfMemoryError
 
 from sessionstore import (
     ServiceSessionInUseError,
+    SessionBusyError,
+    SessionNotActiveError,
     SessionNotFoundError,
     SessionStatusError,
     SessionStore,
@@ -194,6 +197,84 @@ def test_refusals_are_told_at_the_limit(full: Filled) -> None:
     assert full.contents() == before
 
 
+def assert_full(full: Filled) -> None:
+    assert type(full.refusal(full.ids[-1], "more")) is OutOfMemoryError
+
+
+def test_a_session_is_claimed_renewed_and_released_at_the_limit(full: Filled) -> None:
+    for number in range(SESSIONS):
+        with full.store.claim(full.ids[number]) as lease:
+            lease.renew()
+            assert_full(full)
+        assert full.store.get_session(full.ids[number], tail=0).status == "active"
+    assert_consistent(full.world)
+
+
+def test_leaving_at_the_limit_gives_back_what_an_exception_ended(full: Filled) -> None:
+    """What went wrong cannot be told in the error buffer; that matters less."""
+
+    def fail() -> None:
+        with full.store.claim(full.ids[1]):
+            assert_full(full)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert full.store.get_session(full.ids[1], tail=0).status == "active"
+    assert_consistent(full.world)
+
+
+def test_a_lease_is_ended_by_force_at_the_limit(full: Filled) -> None:
+    others = full.world.store(worker="other")
+    for own in full.ids[:2]:
+        others.claim(own, ttl=3600)
+    assert_full(full)
+    full.store.update_status(full.ids[0], "active", force=True)
+    assert full.store.delete_session(full.ids[1], force=True) is True
+    assert_consistent(full.world)
+
+
+def test_the_dead_are_reaped_at_the_limit(full: Filled) -> None:
+    store = full.world.store(reap_grace=0.5)
+    dead = full.world.store(worker="dead")
+    leases = [dead.claim(own, ttl=0.1) for own in full.ids[:3]]
+    getattr(dead, "store", dead)._leases.end_renewal()  # as a worker that was killed
+    assert_full(full)
+    lost: list[str] = []
+    while len(lost) < len(leases):
+        lost += [one.session_id for one in store.reap() if one.action == "lost"]
+        time.sleep(0.1)
+    assert sorted(lost) == sorted(full.ids[:3])
+    assert_full(full)
+    assert {one.action for one in store.reap(idle_for=0)} == {"terminated"}
+    assert store.get_metrics().active_sessions == 0
+    assert_consistent(full.world)
+    assert len(store.reap(ended_for=0)) == SESSIONS
+    assert_consistent(full.world)
+
+
+def test_a_failed_claim_is_told_at_the_limit(full: Filled) -> None:
+    holder = full.world.store(worker="holder")
+    holder.claim(full.ids[0], ttl=3600)
+    full.store.update_status(full.ids[1], "starting")
+    before = full.contents()
+    for own, error in (
+        (full.ids[0], SessionBusyError),
+        (full.ids[1], SessionNotActiveError),
+        ("missing", SessionNotFoundError),
+    ):
+        with pytest.raises(error):
+            full.store.claim(own)
+    for write in (
+        lambda: full.store.add_output(full.ids[0], "x"),
+        lambda: full.store.update_status(full.ids[0], "active"),
+        lambda: full.store.delete_session(full.ids[0]),
+    ):
+        with pytest.raises(SessionBusyError):
+            write()
+    assert full.contents() == before
+
+
 def test_deleting_at_the_limit_makes_room(full: Filled) -> None:
     assert full.store.delete_session(full.ids[0]) is True
     assert full.refusal(full.ids[1], "x" * 1000) is None
@@ -231,6 +312,7 @@ class Crossing:
         self.done: Counter[str] = Counter()
         self.out_of_memory: Counter[str] = Counter()
         self.made = 0
+        self.leases: dict[str, Any] = {}
 
     def step(self) -> None:
         full, rng = self.full, self.rng
@@ -240,12 +322,15 @@ class Crossing:
         operations: list[Callable[[str], Any]] = [
             self.append, self.append, self.append_many, self.create, self.create,
             self.change_status, self.note, self.touch, self.delete, self.ask_in_vain,
+            self.claim, self.claim, self.renew, self.release, self.reap,
         ]  # fmt: skip
         operation = rng.choice(operations)
         try:
             operation(own)
         except OutOfMemoryError:
-            assert operation not in (self.change_status, self.delete, self.ask_in_vain)
+            assert operation in (
+                self.append, self.append_many, self.create, self.note, self.touch
+            )  # fmt: skip
             self.out_of_memory[operation.__name__] += 1
             assert self.of_session(own) == before
         else:
@@ -287,6 +372,29 @@ class Crossing:
         with pytest.raises(SessionStatusError):
             self.full.store.update_status(own, "busy", expected=self.other_status(own))
 
+    def claim(self, own: str) -> None:
+        if not self.is_held(own):
+            expected = ("starting", "active", "busy", "error", "terminated")
+            self.leases[own] = self.full.store.claim(own, ttl=3600, expected=expected)
+
+    def is_held(self, own: str) -> bool:
+        return own in self.leases and not self.leases[own].released
+
+    def renew(self, own: str) -> None:
+        if self.is_held(own):
+            self.leases[own].renew()
+
+    def release(self, own: str) -> None:
+        if self.is_held(own):
+            self.leases[own].release(self.rng.choice(("active", "error")))
+
+    def reap(self, _: str) -> None:
+        """One of those that are idle and not held; and one of those that have ended."""
+        ended_for = 0 if len(self.ids) > SESSIONS // 2 else None
+        for one in self.full.store.reap(idle_for=0, ended_for=ended_for, limit=1):
+            if one.action == "deleted":
+                self.ids.remove(one.session_id)
+
     def other_status(self, own: str) -> str:
         status = self.full.store.get_session(own, tail=0).status
         return "starting" if status != "starting" else "busy"
@@ -305,7 +413,10 @@ def test_crossing_the_limit_at_any_moment_never_leaves_a_partial_change(full_syn
     # Both sides of the limit were seen, by each operation that grows.
     assert sum(crossing.out_of_memory.values()) > OPERATIONS // 20
     assert sum(crossing.done.values()) > OPERATIONS // 4
-    assert crossing.done.keys() >= {"append", "create", "change_status", "delete", "ask_in_vain"}
+    assert crossing.done.keys() >= {
+        *("append", "create", "change_status", "delete", "ask_in_vain"),
+        *("claim", "renew", "release", "reap"),
+    }
 
 
 # ---- Controls ------------------------------------------------------------------------------------

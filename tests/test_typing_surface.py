@@ -6,7 +6,10 @@ What type checkers infer is in ``typed_calls.py``.
 from __future__ import annotations
 
 import inspect
+import os
 import pickle
+import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc import plain, render_doc
@@ -16,7 +19,15 @@ from unittest.mock import create_autospec
 import pytest
 
 import sessionstore
-from sessionstore import AgentSession, AsyncSessionStore, SessionStore
+from sessionstore import (
+    AgentSession,
+    AsyncLease,
+    AsyncReaper,
+    AsyncSessionStore,
+    Lease,
+    Reaper,
+    SessionStore,
+)
 from sessionstore._operation import operation
 from sessionstore.operations import SessionOperations
 from sessionstore.testing import async_memory_store, memory_store
@@ -35,6 +46,9 @@ ORIGINAL = [
     "get_sessions_by_type",
     "get_metrics",
 ]
+#: Blocking and asynchronous, of the same names.
+PAIRS = [(SessionStore, AsyncSessionStore), (Lease, AsyncLease), (Reaper, AsyncReaper)]
+HOW_REQUESTS_TRAVEL = {"carry"}
 OPERATIONS = [
     name for name, value in vars(SessionOperations).items() if isinstance(value, operation)
 ]
@@ -116,14 +130,43 @@ def test_every_method_is_documented_wherever_it_is_looked_up(
     assert getattr(store, name).__name__ == name
 
 
-@pytest.mark.parametrize("store_class", [SessionStore, AsyncSessionStore])
-def test_everything_public_is_documented(store_class: type[Any]) -> None:
-    undocumented = [
-        name for name in public(store_class)
-        if callable(getattr(store_class, name)) and not getattr(store_class, name).__doc__
-    ]  # fmt: skip
+@pytest.mark.parametrize("shown", [one for pair in PAIRS for one in pair])
+def test_everything_public_is_documented(shown: type[Any]) -> None:
+    undocumented = [name for name in public(shown) if not getattr(shown, name).__doc__]
     assert undocumented == []
-    assert store_class.__doc__
+    assert shown.__doc__
+
+
+@pytest.mark.parametrize(("blocking", "awaited"), PAIRS)
+def test_both_kinds_have_the_same_names_and_arguments(
+    blocking: type[Any], awaited: type[Any]
+) -> None:
+    assert public(blocking) == public(awaited)
+    for name in public(blocking):
+        if inspect.isfunction(getattr(blocking, name)) and name not in OPERATIONS:
+            ours, theirs = (
+                [
+                    (one.name, one.kind, one.default)
+                    for one in inspect.signature(getattr(shown, name)).parameters.values()
+                ]
+                for shown in (blocking, awaited)
+            )
+            if name not in HOW_REQUESTS_TRAVEL:
+                assert ours == theirs, name
+
+
+def test_a_worker_has_a_readable_name(store: SessionStore) -> None:
+    assert store.worker == f"{socket.gethostname()}:{os.getpid()}"
+    with memory_store(worker="builder-1") as labelled:
+        assert labelled.worker == f"{store.worker}:builder-1"
+
+
+def test_a_lease_shows_its_session_and_its_state(store: SessionStore) -> None:
+    lease = store.claim(store.create_session("claude", "s", "/src").id, ttl=60)
+    shown = repr(lease)
+    lease.release()
+    assert re.fullmatch(rf"<Lease on {lease.session_id}, held, (60\.0|5\d\.\d) s left>", shown)
+    assert repr(lease) == f"<Lease on {lease.session_id}, released>"
 
 
 def test_a_method_is_the_same_object_each_time(store: SessionStore) -> None:

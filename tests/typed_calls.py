@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
 from datetime import datetime
-from typing import Any, assert_type
+from typing import Any, Literal, assert_type
 
 import redis
 import redis.asyncio
@@ -18,11 +18,19 @@ import redis.asyncio
 from sessionstore import (
     AgentSession,
     AgentSessionStatus,
+    AsyncLease,
+    AsyncReaper,
     AsyncSessionStore,
     BufferPage,
     InvalidArgumentError,
+    Lease,
+    LeaseLostError,
     OutcomeUnknownError,
+    Reaped,
+    Reaper,
+    SessionBusyError,
     SessionMetrics,
+    SessionNotActiveError,
     SessionStatusError,
     SessionStore,
     SessionStoreError,
@@ -39,6 +47,8 @@ def opening(client: redis.Redis, url: str, redact: Callable[[str], str]) -> None
     SessionStore(client, redact=redact, namespace="agents", buffer_limit=1000, buffer_bytes=0)
     SessionStore.from_url(url, types={"claude"}, deadline=2, max_connections=5, redact=None)
     SessionStore.from_url(url, types=["claude"], chunk_limit=1000, allow_eviction=True)
+    SessionStore.from_url(url, worker="builder-1", reap_grace=5, retention=86400)
+    SessionStore.from_url(url, retention=None)
     with SessionStore.from_url(url) as store:
         assert_type(store, SessionStore)
         assert_type(store.settings, StoreSettings)
@@ -141,6 +151,78 @@ async def beyond_async(store: AsyncSessionStore, error: OutcomeUnknownError) -> 
     await store.repeat(error)
 
 
+# ---- Leases ------------------------------------------------------------------------------------
+
+
+def leases(store: SessionStore, status: AgentSessionStatus) -> None:
+    with store.claim("id") as entered:
+        assert_type(entered, Lease)
+    lease = store.claim("id", ttl=10, wait=2.5, expected=("active", "error"))
+    assert_type(lease, Lease)
+    store.claim("id", expected=status)
+    assert_type(lease.renew(), None)
+    assert_type(lease.release(), None)
+    lease.release(status="terminated")
+    assert_type(lease.session_id, str)
+    assert_type(lease.owner, str)
+    assert_type(lease.fence, int)
+    assert_type(lease.lost, bool)
+    assert_type(lease.released, bool)
+    assert_type(lease.expires_in, float)
+
+    def stop(lost: Lease) -> None:
+        print(lost.session_id)
+
+    lease.on_lost(stop)
+    lease.on_lost(print)
+    store.update_status("id", "active", force=True)
+    store.delete_session("id", force=True)
+    assert_type(store.worker, str)
+
+
+async def leases_async(store: AsyncSessionStore) -> None:
+    async with store.claim("id", ttl=10) as entered:
+        assert_type(entered, AsyncLease)
+    lease = await store.claim("id", wait=2.5, expected="active")
+    assert_type(lease, AsyncLease)
+    assert_type(await lease.renew(), None)
+    assert_type(await lease.release(status="error"), None)
+    async with lease as entered:
+        assert_type(entered, AsyncLease)
+
+    def stop(lost: AsyncLease) -> None:
+        print(lost.session_id)
+
+    lease.on_lost(stop)
+    await store.update_status("id", "active", force=True)
+
+
+def reaping(store: SessionStore, told: Reaped) -> None:
+    assert_type(store.reap(), list[Reaped])
+    store.reap(idle_for=60, ended_for=86400.5, limit=10, dry_run=True)
+    assert_type(told.session_id, str)
+    assert_type(told.action, Literal["marked", "lost", "terminated", "deleted"])
+    assert_type(told.reason, str)
+    assert_type(told.status, AgentSessionStatus)
+    assert_type(told.owner, str | None)
+
+    def note(one: Reaped) -> None:
+        print(one.reason)
+
+    with Reaper(store, every=30, idle_for=60, ended_for=3600, on_reaped=note) as reaper:
+        assert_type(reaper, Reaper)
+    assert_type(reaper.start(), None)
+    assert_type(reaper.stop(), None)
+
+
+async def reaping_async(store: AsyncSessionStore) -> None:
+    assert_type(await store.reap(ended_for=3600), list[Reaped])
+    async with AsyncReaper(store, every=2.5, on_reaped=print) as reaper:
+        assert_type(reaper, AsyncReaper)
+    assert_type(reaper.start(), None)
+    assert_type(await reaper.stop(), None)
+
+
 def values(session: AgentSession, page: BufferPage, metrics: SessionMetrics) -> None:
     assert_type(session.status, AgentSessionStatus)
     assert_type(session.created_at, datetime)
@@ -170,6 +252,16 @@ def errors(store: SessionStore) -> None:
         print(as_redis_error)
     except SessionStoreError as error:
         assert_type(error.expires_in, float | None)
+    try:
+        store.claim("id")
+    except SessionBusyError as error:
+        assert_type(error.owner, str | None)
+        assert_type(error.expires_in, float | None)
+    except SessionNotActiveError as error:
+        as_status_error: SessionStatusError = error
+        print(as_status_error)
+    except LeaseLostError as error:
+        assert_type(error.session_id, str | None)
 
 
 def passed_on(store: SessionStore, astore: AsyncSessionStore) -> None:
@@ -197,6 +289,11 @@ def refused(store: SessionStore, url: str) -> None:
     store.find_sessions(order="newest")  # type: ignore[arg-type]
     store.update_metadata("id", {"pid": 5})  # type: ignore[dict-item]
     SessionStore.from_url(url, buffer_size=5)  # type: ignore[call-arg]
+    store.claim("id", 30)  # type: ignore[call-arg]
+    store.claim("id", expected="asleep")  # type: ignore[arg-type]
+    store.claim("id").release(status="asleep")  # type: ignore[arg-type]
+    store.reap(60)  # type: ignore[call-arg]
+    store.delete_session("id", True)  # type: ignore[call-arg]
 
 
 async def refused_async(store: AsyncSessionStore, client: redis.Redis) -> None:
@@ -207,4 +304,9 @@ async def refused_async(store: AsyncSessionStore, client: redis.Redis) -> None:
     for _ in store.get_all_sessions():  # type: ignore[attr-defined]
         pass
     AsyncSessionStore(client)  # type: ignore[arg-type]
+    store.claim("id").renew()  # type: ignore[attr-defined]
+    with store.claim("id"):  # type: ignore[attr-defined]
+        pass
+    lease: AsyncLease = store.claim("id")  # type: ignore[assignment]
+    lease.release()  # type: ignore[unused-coroutine]
     print(session)

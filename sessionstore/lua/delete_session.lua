@@ -11,11 +11,11 @@ local session, sessions, activity, ended = KEYS[2], KEYS[5], KEYS[6], KEYS[7]
 local leases, types, events = KEYS[8], KEYS[9], KEYS[10]
 local id, prefix, given, actor = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 
-local removal = removal_of(prefix, id)
 if redis.call('EXISTS', session) == 0 then
   run_at_full_memory()
   return done('0')
 end
+local removal = removal_of(prefix, id)
 local refused = fenced_off(given, id, removal.status or nil,
   unpack(redis.call('HMGET', session, unpack(LEASE_FIELDS)), 1, 3))
 if refused then
