@@ -8,6 +8,7 @@ small shell holds a pipe to the starter and kills the server when the pipe close
 from __future__ import annotations
 
 import os
+import random
 import re
 import shutil
 import signal
@@ -229,9 +230,15 @@ class PrivateServer:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, below those that systems give to outgoing connections.
+
+    Else a client that tries to reach a stopped server may be given its port, and reach itself.
+    """
+    for port in random.sample(range(20_000, 30_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port was found between 20,000 and 30,000")
 
 
 def _is_running(pid: int) -> bool:

@@ -1411,6 +1411,7 @@ class Tasks:
         self.world = world
         self.store: AsyncSessionStore = world.store().store
         self.id = world.direct.create_session("claude", "s", "/src").id
+        self.is_inside = False
 
     def run(self, work: Any) -> Any:
         assert self.world.runner is not None
@@ -1418,6 +1419,15 @@ class Tasks:
 
     def session(self) -> Any:
         return self.world.direct.get_session(self.id)
+
+    async def hold(self) -> None:
+        """Claim the session and stay inside."""
+        async with self.store.claim(self.id, ttl=TTL):
+            self.is_inside = True
+            await asyncio.sleep(60)
+
+    async def until_inside(self) -> None:
+        await self._until(lambda: self.is_inside)
 
     async def until_busy(self) -> None:
         await self._until(lambda: self.session().status == "busy")
@@ -1446,13 +1456,9 @@ def tasks(faulty: FaultyWorld) -> Tasks:
 
 
 def test_cancelling_the_body_gives_the_session_back(tasks: Tasks) -> None:
-    async def work() -> None:
-        async with tasks.store.claim(tasks.id, ttl=TTL):
-            await asyncio.sleep(60)
-
     async def cancel() -> None:
-        task = asyncio.create_task(work())
-        await tasks.until_busy()
+        task = asyncio.create_task(tasks.hold())
+        await tasks.until_inside()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -1561,17 +1567,13 @@ def test_a_timeout_around_a_waiting_claim_takes_nothing(tasks: Tasks) -> None:
 
 
 def test_a_failing_task_of_a_group_gives_back_what_the_others_hold(tasks: Tasks) -> None:
-    async def work() -> None:
-        async with tasks.store.claim(tasks.id, ttl=TTL):
-            await asyncio.sleep(60)
-
     async def fail() -> None:
-        await tasks.until_busy()
+        await tasks.until_inside()
         raise AgentCrashed("the other's")
 
     async def group() -> None:
         async with asyncio.TaskGroup() as tasks_of_group:
-            tasks_of_group.create_task(work())
+            tasks_of_group.create_task(tasks.hold())
             tasks_of_group.create_task(fail())
 
     with pytest.raises(ExceptionGroup) as failed:
