@@ -52,6 +52,7 @@ class Holding:
     """One lease, as its worker knows it. Times are of ``time.monotonic()``."""
 
     session_id: str
+    owner: str
     fence: str
     ttl: float
     taken_from: str  # the status it had before
@@ -183,20 +184,20 @@ class Leases:
         ttl: float,
         wait: float,
         expected: AgentSessionStatus | Iterable[AgentSessionStatus],
-    ) -> Steps[Any]:
-        """Claim a session, again and again until ``wait`` seconds are over."""
+    ) -> Steps[Any] | Call[Any]:
+        """Claim a session: once, or again and again until ``wait`` seconds are over."""
         session_id = check.text("session_id", session_id)
         ttl = check.seconds("ttl", ttl, SHORTEST_TTL, LONGEST_TTL)
         wait = check.seconds("wait", wait)
         statuses = check.statuses("expected", expected)
-        keys = self._store.keyspace.of_session(session_id)
+        keys, worker = self._store.keyspace.of_session(session_id), self.worker
 
         def claim() -> Call[Any]:
             began = time.monotonic()
 
             def decode(reply: Any) -> Any:
                 fence, _, taken_from = codec.done(reply).partition(" ")
-                holding = Holding(session_id, fence, ttl, taken_from)
+                holding = Holding(session_id, worker, fence, ttl, taken_from)
                 holding.renewed(began)
                 return self._keep(holding)
 
@@ -209,14 +210,14 @@ class Leases:
                     keys.leases,
                     keys.events,
                     keys.by_status("busy"),
-                    keys.by_owner(self.worker),
+                    keys.by_owner(worker),
                 ),
-                args=(session_id, keys.prefix, self.worker, round(ttl * 1000), *statuses),
+                args=(session_id, keys.prefix, worker, round(ttl * 1000), *statuses),
                 decode=decode,
                 lane=keys.lane,
             )
 
-        return _until_claimed(claim, wait)
+        return _until_claimed(claim, wait) if wait else claim()
 
     def renewing(self, holding: Holding) -> Steps[None]:
         """Renew one lease now."""

@@ -7,7 +7,7 @@ the key of the lane (``lua/include/once.lua``): the same number again gets the s
 lower one is a late duplicate, and neither changes anything.
 
 Lanes are kept in a free list, so there are as many as there were writes at the same time, and
-their keys expire ten minutes after their last write.
+their keys expire ten to twenty minutes after their last write.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
-from sessionstore._call import Request, Steps
+from sessionstore._call import REQUESTS, Request, Steps
 from sessionstore._operation import AsyncExecutor, SyncExecutor
 from sessionstore.errors import InvalidArgumentError, SessionStoreError
 from sessionstore.holding import Holding, Leases, alive
@@ -45,20 +45,9 @@ DEFAULT_TTL = 30.0  # seconds
 
 
 class HeldLease:
-    """What ``Lease`` and ``AsyncLease`` tell.
-
-    Attributes:
-        session_id: the session.
-        owner: this worker's name, as others see it.
-        ttl: seconds that the lease lasts from each renewal.
-        fence: the number that this worker's writes carry.
-    """
+    """What ``Lease`` and ``AsyncLease`` tell."""
 
     def __init__(self, leases: Leases, holding: Holding) -> None:
-        self.session_id = holding.session_id
-        self.owner = leases.worker
-        self.ttl = holding.ttl
-        self.fence = int(holding.fence)
         self._holding = holding
         self._registry = leases
 
@@ -66,6 +55,26 @@ class HeldLease:
         state = "lost" if self.lost else "released" if self.released else "held"
         left = f", {self.expires_in:.1f} s left" if state == "held" else ""
         return f"<{type(self).__name__} on {self.session_id}, {state}{left}>"
+
+    @property
+    def session_id(self) -> str:
+        """The session."""
+        return self._holding.session_id
+
+    @property
+    def owner(self) -> str:
+        """This worker's name, as others see it."""
+        return self._holding.owner
+
+    @property
+    def ttl(self) -> float:
+        """Seconds that the lease lasts from each renewal."""
+        return self._holding.ttl
+
+    @property
+    def fence(self) -> int:
+        """The number that this worker's writes to the session carry."""
+        return int(self._holding.fence)
 
     @property
     def expires_in(self) -> float:
@@ -285,19 +294,21 @@ class TaskLeases(Leases):
 class AsyncClaim:
     """A claim to be awaited: ``lease = await claim``, or ``async with claim as lease``."""
 
-    def __init__(self, leases: TaskLeases, steps: Steps[Any]) -> None:
+    def __init__(self, leases: TaskLeases, claim: Steps[Any] | Request[Any]) -> None:
         self._leases = leases
-        self._steps: Steps[Any] | None = steps
+        self._claim: Steps[Any] | Request[Any] | None = claim
         self._lease: AsyncLease | None = None
 
     def __await__(self) -> Generator[Any, Any, AsyncLease]:
         return self._take().__await__()
 
     async def _take(self) -> AsyncLease:
-        steps, self._steps = self._steps, None
-        if steps is None:
+        claim, self._claim = self._claim, None
+        if claim is None:
             raise SessionStoreError("a claim can be awaited once; claim again")
-        lease: AsyncLease = await self._leases.executor.carry(steps, self._attempt)
+        if isinstance(claim, REQUESTS):
+            return await self._attempt(claim)
+        lease: AsyncLease = await self._leases.executor.carry(claim, self._attempt)
         return lease
 
     async def _attempt(self, request: Request[AsyncLease]) -> AsyncLease:

@@ -196,7 +196,8 @@ class SessionStore(_Store, SyncExecutor):
             SessionBusyError: another worker holds it; names the holder and how long for.
             SessionNotActiveError: its status is not among ``expected``.
         """
-        lease: Lease = self.carry(self._leases.claiming(session_id, ttl, wait, expected))
+        claim = self._leases.claiming(session_id, ttl, wait, expected)
+        lease: Lease = self.execute(claim) if isinstance(claim, Call) else self.carry(claim)
         return lease
 
     def execute(self, request: Request[T]) -> T:

@@ -147,7 +147,7 @@ def test_a_refusal_is_kept_in_the_lane_too(namespace: Namespace, store: SessionS
 
 
 @pytest.mark.parametrize("refused", [False, True], ids=["done", "refused"])
-def test_a_lane_key_expires_within_ten_minutes(
+def test_a_lane_key_is_kept_for_ten_minutes_at_least_and_twenty_at_most(
     namespace: Namespace, store: SessionStore, refused: bool
 ) -> None:
     if refused:
@@ -157,7 +157,21 @@ def test_a_lane_key_expires_within_ten_minutes(
 
     (lane,) = namespace.lanes()
 
-    assert LANE_SECONDS - 60 < namespace.redis.ttl(lane) <= LANE_SECONDS
+    assert LANE_SECONDS < namespace.redis.ttl(lane) <= 2 * LANE_SECONDS
+
+
+@pytest.mark.parametrize(("left", "renewed"), [(590, True), (610, False)])
+def test_a_write_renews_the_expiry_of_its_lane_only_when_under_ten_minutes_are_left(
+    namespace: Namespace, store: SessionStore, left: int, renewed: bool
+) -> None:
+    session_id = store.create_session("claude", "service", "/src").id
+    (lane,) = namespace.lanes()
+    namespace.redis.expire(lane, left)
+
+    store.add_output(session_id, "line")
+
+    assert str(namespace.redis.get(lane)).startswith("2 ")
+    assert (namespace.redis.ttl(lane) > left) == renewed
 
 
 def test_a_repeat_refreshes_the_expiry_of_its_lane(
@@ -172,7 +186,7 @@ def test_a_repeat_refreshes_the_expiry_of_its_lane(
 
     assert store.add_output(session_id, "line") == 1
 
-    assert namespace.redis.ttl(lane) > LANE_SECONDS - 60
+    assert namespace.redis.ttl(lane) > LANE_SECONDS
     assert namespace.output(session_id) == ["line"]
 
 

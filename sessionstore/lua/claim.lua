@@ -29,7 +29,7 @@ end
 if not expected then
   return refuse('SESSION_NOT_ACTIVE', {session_id = id, status = old})
 end
-must_be('zset', activity, ended, leases)
+must_be('zset', activity, leases, ENDED[old] and ended or nil)
 must_be('set', prefix .. 'sessions:status:' .. old, busy_index, new_owner_index)
 must_be('stream', events)
 if owner then
@@ -39,14 +39,13 @@ end
 -- It grows with the clock too: a failover may lose the last claim, and with it the last fence.
 local now_ms = math.floor(now_us / 1000)
 local new_fence = integer(math.max((tonumber(fence) or 0) + 1, now_ms))
-run_at_full_memory()
+move(prefix, id, old, 'busy')
 if owner then
   end_lease(prefix, id, owner)
   event(events, 'lease_expired', id, type, worker, 'owner', owner)
 end
 redis.call('HSET', session, 'status', 'busy', 'last_activity', now, 'owner', worker,
   'fence', new_fence, 'lease_expires_at', iso((now_ms + ttl_ms) * 1000))
-move(prefix, id, old, 'busy')
 redis.call('ZADD', leases, integer(now_ms + ttl_ms), id)
 redis.call('SADD', new_owner_index, id)
 event(events, 'claimed', id, type, worker, 'old_status', old, 'status', 'busy', 'owner', worker)

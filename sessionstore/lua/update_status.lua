@@ -29,7 +29,7 @@ end
 if not expected then
   return refuse('SESSION_STATUS', {session_id = id, status = old})
 end
-must_be('zset', activity, ended, leases)
+must_be('zset', activity, leases, ENDED[old] ~= ENDED[new] and ended or nil)
 must_be('set', prefix .. 'sessions:status:' .. old, new_index)
 must_be('stream', events)
 local released = owner and (new ~= 'busy' or given == 'force')
@@ -37,9 +37,8 @@ if released then
   must_be('set', prefix .. 'sessions:owner:' .. owner)
 end
 
-run_at_full_memory()
-redis.call('HSET', session, 'status', new, 'last_activity', iso(now_us))
 move(prefix, id, old, new)
+redis.call('HSET', session, 'status', new, 'last_activity', iso(now_us))
 if released then
   end_lease(prefix, id, owner)
   event(events, 'released', id, type, actor, 'old_status', old, 'status', new, 'owner', owner)

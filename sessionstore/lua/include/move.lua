@@ -1,6 +1,15 @@
 -- move: a session from one status to another, in every index of statuses.
+--
+-- Its first write shrinks an index, so that a script that begins with it runs at full memory (see
+-- once.lua), and does not pay for run_at_full_memory.
 local function move(prefix, id, old, new)
   local activity, ended = prefix .. 'activity', prefix .. 'ended'
+  if old == new then
+    run_at_full_memory()
+  else
+    redis.call('SREM', prefix .. 'sessions:status:' .. old, id)
+    redis.call('SADD', prefix .. 'sessions:status:' .. new, id)
+  end
   if not ENDED[new] then
     redis.call('ZADD', activity, integer(now_us), id)
   end
@@ -11,9 +20,5 @@ local function move(prefix, id, old, new)
     else
       redis.call('ZREM', ended, id)
     end
-  end
-  if old ~= new then
-    redis.call('SREM', prefix .. 'sessions:status:' .. old, id)
-    redis.call('SADD', prefix .. 'sessions:status:' .. new, id)
   end
 end
