@@ -170,14 +170,18 @@ class ThreadLeases(Leases):
         return Lease(self, holding)
 
     def renew_in_background(self, *, sooner: bool) -> None:
+        if self._thread is None:
+            self._start()
+        if sooner:
+            self._news.set()
+
+    def _start(self) -> None:
         with self.lock:
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._renew, name="sessionstore-leases", daemon=True
                 )
                 self._thread.start()
-        if sooner:
-            self._news.set()
 
     def end_renewal(self) -> None:
         super().end_renewal()
