@@ -60,6 +60,9 @@ class Holding:
     renew_at: float = 0.0
     lost: LeaseLostError | None = None
     released: bool = False
+    abandoned: bool = False
+    ending: int = 0  # writes on their way that give it back
+    suspected_at: float | None = None  # when it first looked lost, while one was on its way
     callbacks: list[Callable[[], object]] = field(default_factory=list[Callable[[], object]])
 
     def renewed(self, began: float) -> None:
@@ -70,8 +73,9 @@ class Holding:
     def refuse_if_over(self) -> None:
         if self.lost is not None:
             raise self.lost
-        if self.released:
-            raise SessionStoreError(f"the lease on session {self.session_id!r} has been released")
+        if self.released or self.abandoned:
+            what = "released" if self.released else "abandoned"
+            raise SessionStoreError(f"the lease on session {self.session_id!r} has been {what}")
 
 
 class Leases:
@@ -90,6 +94,7 @@ class Leases:
         self.lock = threading.Lock()
         self._held: dict[str, Holding] = {}
         self._wakes_at = math.inf  # time.monotonic() of the next round of renewals
+        self._closed = False
 
     def held(self) -> list[Holding]:
         """The leases that have not been given back, lost ones among them."""
@@ -108,19 +113,32 @@ class Leases:
         holding = self._held.get(session_id)
         if holding is None or holding.fence != fence:
             return decode
+        if ends:
+            with self.lock:
+                holding.ending += 1
 
         def told(reply: Any) -> T:
             try:
                 result = decode(reply)
             except (LeaseLostError, SessionNotFoundError) as error:
-                self.lose(holding, error)
+                self.lose(holding, error, surely=True)
+                raise
+            except SessionStoreError:
+                if ends:
+                    self._is_not_ending(holding)
                 raise
             if ends:
-                holding.released = True
+                with self.lock:  # whatever it looked like meanwhile, it was not lost
+                    holding.released, holding.lost = True, None
+                    holding.callbacks.clear()
                 self.forget(holding)
             return result
 
         return told
+
+    def _is_not_ending(self, holding: Holding) -> None:
+        with self.lock:
+            holding.ending, holding.suspected_at = max(holding.ending - 1, 0), None
 
     def forget(self, holding: Holding) -> None:
         """Neither renew it nor send its fence any more."""
@@ -128,13 +146,29 @@ class Leases:
             if self._held.get(holding.session_id) is holding:
                 del self._held[holding.session_id]
 
-    def lose(self, holding: Holding, error: SessionStoreError) -> None:
-        """The server has said that a lease is lost. Its writes go on carrying its fence."""
+    def abandon(self, holding: Holding) -> None:
+        """Let a lease run out."""
+        with self.lock:
+            holding.abandoned = True
+        self.forget(holding)
+
+    def lose(self, holding: Holding, error: SessionStoreError, *, surely: bool = False) -> None:
+        """The server has said that a lease is lost. Its writes go on carrying its fence.
+
+        A lease that this worker has given back looks lost as long as the answer to that write has
+        not come: to a renewal, and when another thread claims the session. So unless it is
+        ``surely`` lost, that answer is waited for, for twice the deadline of a call.
+        """
         if not isinstance(error, LeaseLostError):
             error = _lost({"session_id": holding.session_id})
         with self.lock:
             if holding.released or holding.lost is not None:
                 return
+            if holding.ending > 0 and not surely:
+                now = time.monotonic()
+                holding.suspected_at = holding.suspected_at or now
+                if now - holding.suspected_at < 2 * self._store.settings.deadline:
+                    return
             holding.lost = error
             callbacks, holding.callbacks = holding.callbacks, []
         for callback in callbacks:
@@ -164,11 +198,16 @@ class Leases:
     def _keep(self, holding: Holding) -> Any:
         with self.lock:
             before = self._held.get(holding.session_id)
-            self._held[holding.session_id] = holding
+            # The answer to an older claim may come later, if it had to be repeated.
+            is_newest = before is None or int(before.fence) < int(holding.fence)
+            if is_newest and not self._closed:
+                self._held[holding.session_id] = holding
             sooner = holding.renew_at < self._wakes_at
         if before is not None:
-            self.lose(before, _lost({"session_id": holding.session_id, "owner": self.worker}))
-        self.renew_in_background(sooner=sooner)
+            lost = _lost({"session_id": holding.session_id, "owner": self.worker})
+            self.lose(before if is_newest else holding, lost)
+        if is_newest and not self._closed:
+            self.renew_in_background(sooner=sooner)
         return self.handed_out(holding)
 
     # ---- Round trips -------------------------------------------------------------------------
@@ -233,17 +272,20 @@ class Leases:
             raise InvalidArgumentError.of("status", "must be another than busy")
         if holding.lost is not None:
             self.forget(holding)
-            raise holding.lost
         if not holding.released:
+            holding.refuse_if_over()
             try:
                 yield self._request("update_status", holding.session_id, status)
             except (LeaseLostError, SessionNotFoundError):
                 self.forget(holding)
                 raise
+            except RedisError:
+                self._is_not_ending(holding)
+                raise
 
     def leaving(self, holding: Holding, error: BaseException | None) -> Steps[None]:
         """Give a session back as ``active``; of an exception, tell in the error buffer first."""
-        if holding.released:
+        if holding.released or holding.abandoned:
             return
         try:
             if holding.lost is None and _is_worth_telling(error):
@@ -263,7 +305,8 @@ class Leases:
 
     def _telling(self, holding: Holding, error: BaseException) -> Steps[None]:
         try:
-            yield self._request("add_error", holding.session_id, _message(error))
+            message = _message(error, self._store.settings.chunk_limit)
+            yield self._request("add_error", holding.session_id, message)
         except (LeaseLostError, SessionNotFoundError):
             raise
         except Exception as failure:  # that the session is given back matters more
@@ -271,6 +314,7 @@ class Leases:
 
     def giving_all_back(self) -> Steps[None]:
         """Release what is held: nobody is going to renew it."""
+        self._closed = True  # a claim that is on its way now is left to run out
         for holding in self.held():
             try:
                 yield from self.leaving(holding, None)
@@ -361,17 +405,18 @@ def _is_worth_telling(error: BaseException | None) -> TypeGuard[BaseException]:
     return error is not None and not isinstance(error, GeneratorExit)
 
 
-def _message(error: BaseException) -> str:
+def _message(error: BaseException, most_bytes: int) -> str:
     """``Type: message``, without a traceback: that may show secrets."""
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return text[:_LONGEST_MESSAGE].encode(errors="replace").decode()
+    data = text[:_LONGEST_MESSAGE].encode(errors="replace")
+    return data[:most_bytes].decode(errors="ignore")
 
 
 def call(callback: Callable[[], object]) -> None:
     """Call what was to be told of a lost lease; it must not disturb what found that out."""
     try:
         callback()
-    except Exception:
+    except (Exception, SystemExit):
         logger.exception("a callback failed that was told of a lost lease")
 
 

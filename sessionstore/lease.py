@@ -80,9 +80,10 @@ class HeldLease:
     def expires_in(self) -> float:
         """Seconds until the lease expires unless it is renewed.
 
-        Counted by this process's clock from before the last renewal was sent, so never too many. A
-        negative number says that others may have taken the session by now; whether they have, the
-        next renewal or write will tell.
+        Counted by this process's clock (``time.monotonic``, which may stand still while the machine
+        is suspended) from before the last renewal was sent, so never too many. A negative number
+        says that others may have taken the session by now; whether they have, the next renewal or
+        write will tell.
         """
         return self._holding.deadline - time.monotonic()
 
@@ -98,13 +99,14 @@ class HeldLease:
 
     def abandon(self) -> None:
         """Neither renew it nor give the session back: it is ``busy`` until the lease expires."""
-        self._registry.forget(self._holding)
+        self._registry.abandon(self._holding)
 
     def on_lost(self, callback: Callable[[Self], object]) -> None:
         """Have a function called with this lease, once, when it is found to be lost.
 
         It is called wherever that is found out: in the thread that renews (of an ``AsyncLease``: on
-        the event loop), or in a write of this worker's, before its ``LeaseLostError``.
+        the event loop), or in a write of this worker's, before its ``LeaseLostError``. It must not
+        wait: all leases are renewed there.
         """
         if not callable(callback):
             raise InvalidArgumentError.of("callback", "must be a function of the lease")
@@ -170,18 +172,19 @@ class ThreadLeases(Leases):
         return Lease(self, holding)
 
     def renew_in_background(self, *, sooner: bool) -> None:
-        if self._thread is None:
+        if self._thread is None or not self._thread.is_alive():
             self._start()
         if sooner:
             self._news.set()
 
     def _start(self) -> None:
         with self.lock:
-            if self._thread is None:
-                self._thread = threading.Thread(
+            if self._thread is None or not self._thread.is_alive():
+                thread = threading.Thread(
                     target=self._renew, name="sessionstore-leases", daemon=True
                 )
-                self._thread.start()
+                thread.start()
+                self._thread = thread
 
     def end_renewal(self) -> None:
         super().end_renewal()
@@ -285,8 +288,10 @@ class TaskLeases(Leases):
     async def _renew(self) -> None:
         while (following := self.next_round()) is not None:
             pause, requests = following
+            # Not wait_for: Python 3.11's may swallow a cancellation, and the loop then never ends.
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), pause)
+                async with asyncio.timeout(pause):
+                    await self._news.wait()
             self._news.clear()
             for request in requests:
                 try:

@@ -11,6 +11,7 @@ import logging
 import random
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -53,7 +54,7 @@ class _Reaping:
             if self._on_reaped is not None:
                 try:
                     self._on_reaped(one)
-                except Exception:
+                except (Exception, SystemExit):
                     logger.exception("on_reaped failed, told of %s", one.session_id)
         # Not all workers at the same time.
         pause = self.every * random.uniform(0.9, 1.1)
@@ -167,11 +168,10 @@ class AsyncReaper:
                 pause = self._reaping.every
 
     async def _stopped_within(self, seconds: float) -> bool:
-        try:
-            await asyncio.wait_for(self._stopping.wait(), seconds)
-        except TimeoutError:
-            return False
-        return True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+        return self._stopping.is_set()
 
     async def __aenter__(self) -> Self:
         self.start()

@@ -677,14 +677,6 @@ def test_a_lease_that_this_worker_has_ended_itself_is_not_lost(
     assert capfd.readouterr().err == ""
 
 
-def test_the_control_of_a_lease_that_this_worker_has_ended_itself(
-    runner: Runner, server: PrivateServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run that takes a renewal's word for it reports a loss that never was."""
-    monkeypatch.setattr("sessionstore.cli.run._Loss.is_ending", lambda _: None)
-    assert run_with_a_late_answer_to_its_end(runner, server) == 5
-
-
 @pytest.mark.parametrize("which", [{}, {"type": "claude", "session_id": "x"}], ids=["none", "both"])
 def test_a_new_session_or_one_to_continue_is_needed(runner: Runner, which: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="not both"):

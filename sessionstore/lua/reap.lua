@@ -24,6 +24,7 @@ local idle_us, ended_us = tonumber(ARGV[5]), tonumber(ARGV[6])
 local most, only_tell = tonumber(ARGV[7]), ARGV[8] == '1'
 local most_entries, most_bytes = tonumber(ARGV[9]), tonumber(ARGV[10])
 local MOST_WALKED = 1000
+local STATUSES = {starting = true, active = true, busy = true, error = true, terminated = true}
 local ENTRY_OVERHEAD = 16   -- as in append.lua: an entry weighs more than its text
 
 must_be('zset', KEYS[2], activity, ended, leases)
@@ -49,11 +50,12 @@ local function load(id)
   local status, type, owner, expires_at, seen_ms = unpack(redis.call('HMGET', session,
     'status', 'type', 'owner', 'lease_expires_at', 'reap_seen_ms'), 1, 5)
   local indexes = prefix .. 'sessions:'
-  if not status or not are('set', indexes .. 'status:' .. status, indexes .. 'status:error',
+  if not STATUSES[status] or not are('set', indexes .. 'status:' .. status, indexes .. 'status:error',
       indexes .. 'status:terminated', indexes .. 'owner:' .. (owner or '')) then
     return nil
   end
-  return {key = session, status = status, type = type, owner = owner, expires_at = expires_at,
+  return {key = session, status = status, type = type, owner = owner,
+    expires_at = expires_at or nil,
     seen_ms = tonumber(seen_ms or nil)}
 end
 
@@ -61,10 +63,11 @@ local function add_error(session, line)
   local list, stored = session .. ':errors', redis.call('HMGET', session, 'error_total', 'error_bytes')
   local bytes = (tonumber(stored[2] or nil) or 0) + #line + ENTRY_OVERHEAD
   local length = redis.call('RPUSH', list, line)
-  while length > 1 and ((most_entries > 0 and length > most_entries)
+  local trimmed = 0
+  while trimmed < MOST_WALKED and length > 1 and ((most_entries > 0 and length > most_entries)
       or (most_bytes > 0 and bytes > most_bytes)) do
     bytes = bytes - #redis.call('LPOP', list) - ENTRY_OVERHEAD
-    length = length - 1
+    length, trimmed = length - 1, trimmed + 1
   end
   redis.call('HSET', session, 'error_total', integer((tonumber(stored[1] or nil) or 0) + 1),
     'error_bytes', integer(bytes))
@@ -80,7 +83,7 @@ local function lose(id, found)
   move(prefix, id, found.status, 'error')
   end_lease(prefix, id, found.owner)
   add_error(found.key, 'worker ' .. found.owner .. ' was lost: its lease expired at '
-    .. found.expires_at .. '; ended by ' .. actor)
+    .. (found.expires_at or 'an unknown time') .. '; ended by ' .. actor)
   event(events, 'lease_expired', id, found.type, actor, 'owner', found.owner,
     'old_status', found.status, 'status', 'error')
 end
@@ -90,7 +93,8 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', leases, '-inf', integer(now_ms),
   local found = load(id)
   if found and found.owner and not is_live(found.owner, found.expires_at, now) then
     local age_ms = found.seen_ms and now_ms - found.seen_ms
-    local details = {status = found.status, owner = found.owner, expired_at = found.expires_at}
+    local details = {status = found.status, owner = found.owner, 
+      expired_at = found.expires_at or 'an unknown time'}
     if not age_ms or age_ms < 0 or age_ms > 3 * grace_ms then
       if marked < most then
         marked = marked + 1
