@@ -10,6 +10,8 @@
 from importlib.metadata import PackageNotFoundError, version
 from logging import NullHandler, getLogger
 
+from sessionstore._operation import Outcome
+from sessionstore.batch import AsyncBatch, Batch
 from sessionstore.errors import (
     InvalidArgumentError,
     LeaseLostError,
@@ -33,6 +35,7 @@ from sessionstore.models import (
     AgentSessionStatus,
     BufferPage,
     Reaped,
+    SessionEvent,
     SessionMetrics,
 )
 from sessionstore.reaper import AsyncReaper, Reaper
@@ -47,20 +50,24 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 __all__ = [
     "AgentSession",
     "AgentSessionStatus",
+    "AsyncBatch",
     "AsyncLease",
     "AsyncReaper",
     "AsyncSessionStore",
+    "Batch",
     "BufferPage",
     "InvalidArgumentError",
     "Lease",
     "LeaseLostError",
     "MetadataLimitError",
+    "Outcome",
     "OutcomeUnknownError",
     "Reaped",
     "Reaper",
     "SchemaMismatchError",
     "ServiceSessionInUseError",
     "SessionBusyError",
+    "SessionEvent",
     "SessionExistsError",
     "SessionMetrics",
     "SessionNotActiveError",

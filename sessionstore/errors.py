@@ -23,6 +23,7 @@ raises, it never looks empty.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import socket
@@ -216,6 +217,13 @@ def of_any_server(error: Exception) -> Exception:
     """The error as every server version since 7.0 tells it."""
     wrapped = _WRAPPED.match(str(error)) if type(error) is ResponseError else None
     return error if wrapped is None else _UNWRAPPED[wrapped[1]](wrapped[2])
+
+
+def own_copy(error: Exception) -> Exception:
+    """An error for one of several callers who share a failure: each adds to its own."""
+    own = copy.copy(error)
+    own.__cause__ = error
+    return own
 
 
 # Which failures of a connection or a server pass by themselves.

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar, Unpack, cast
 
@@ -19,9 +19,21 @@ import redis.asyncio
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 
 from sessionstore import connecting, opening
-from sessionstore._call import REQUESTS, Call, Feed, Request, Several, Snapshot, Steps
+from sessionstore._call import (
+    REQUESTS,
+    Call,
+    Feed,
+    Live,
+    Request,
+    Several,
+    Snapshot,
+    Steps,
+    Together,
+)
 from sessionstore._operation import AsyncExecutor, SyncExecutor
 from sessionstore.attempts import Attempts
+from sessionstore.batch import AsyncBatch, Batch, Sender
+from sessionstore.coalescing import LARGE_REPLIES, Coalescer
 from sessionstore.errors import (
     InvalidArgumentError,
     OutcomeUnknownError,
@@ -31,8 +43,9 @@ from sessionstore.keys import Keyspace
 from sessionstore.lanes import Lane, Lanes
 from sessionstore.lease import DEFAULT_TTL, AsyncClaim, Lease, TaskLeases, ThreadLeases
 from sessionstore.models import AgentSessionStatus
+from sessionstore.news import TaskNews, ThreadNews
 from sessionstore.operations import SessionOperations
-from sessionstore.scripts import Script, load
+from sessionstore.pipelining import Command, Rounds, answer, answers, command, commands
 from sessionstore.settings import SettingsArguments, StoreSettings
 
 T = TypeVar("T")
@@ -82,9 +95,23 @@ class _Store(SessionOperations):
                 what = request.calls[0].script
             case Snapshot():
                 what = "get_session"
+            case Together():
+                what = "batch"
         deadline = self.settings.deadline if self._own_client else None
-        is_write = request.lane is not None
+        is_write = request.lane is not None or (
+            isinstance(request, Together) and any(lane for _, lane in request.requests)
+        )
         return Attempts(what, deadline, is_write, began, may_have_run=is_repeat)
+
+    def _sender(self) -> Sender:
+        """What a batch needs."""
+        return Sender(
+            operations=self,
+            leases=self._leases,
+            lanes=self._lanes,
+            attempts=lambda request, began: self._attempts(request, began, is_repeat=False),
+            pending=lambda request, lane: Pending(self, request, lane),
+        )
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
@@ -141,6 +168,7 @@ class SessionStore(_Store, SyncExecutor):
         loaded = StoreSettings.load(**settings)
         super().__init__(own_client=client is None, redact=redact, settings=loaded)
         self._leases = ThreadLeases(self, self, loaded.worker)
+        self._news = ThreadNews(lambda: self._client, self.keyspace.news)
         self._client = (
             connecting.connect(connecting.url_from_environment(), loaded)
             if client is None
@@ -200,6 +228,19 @@ class SessionStore(_Store, SyncExecutor):
         lease: Lease = self.execute(claim) if isinstance(claim, Call) else self.carry(claim)
         return lease
 
+    def batch(self) -> Batch:
+        """Note operations and send them in one round trip, in order.
+
+            with store.batch() as batch:
+                added = batch.add_output(session_id, "done")
+                batch.update_status(session_id, "terminated")
+            added.result()
+
+        The batch has the operations of the store; each returns an ``Outcome``, which has the
+        operation's result or error once the ``with`` has been left.
+        """
+        return Batch(self._sender(), self)
+
     def execute(self, request: Request[T]) -> T:
         """Carry out a request, and those that follow from it."""
         result: T | Request[T] = request
@@ -238,10 +279,26 @@ class SessionStore(_Store, SyncExecutor):
             yield from page.items
             cursor = page.cursor
 
+    def follow(self, feed: Live[T, C]) -> Iterator[T]:
+        """Give a feed's items, and wait for news of more."""
+        cursor = feed.first
+        with self._news.listening(feed.channels) as listener:
+            while True:
+                listener.signal.clear()  # before reading: what comes from now on wakes it
+                with self._news.reading:
+                    page = self.execute(feed.page(cursor))
+                yield from page.items
+                if page.cursor is None:
+                    return
+                cursor = page.cursor
+                listener.reached = feed.reached(cursor)
+                if not page.items:
+                    listener.signal.wait(self._news.patience(listener))
+
     def _carry_out(
         self, request: Request[T], lane: Lane | None, *, is_repeat: bool = False
     ) -> T | Request[T]:
-        began, attempts = time.monotonic(), None
+        began, attempts = _began(request), None
         try:
             while True:
                 try:
@@ -262,39 +319,38 @@ class SessionStore(_Store, SyncExecutor):
 
     def _send(self, request: Request[Any], lane: Lane | None) -> Any:
         if isinstance(request, Call):
-            script, operands = _command(request, lane)
+            one = command(request, lane)
             try:
-                return self._client.execute_command("EVALSHA", script.sha, *operands)
+                return self._client.execute_command(*one.evalsha)
             except NoScriptError:
-                return self._client.execute_command("EVAL", script.text, *operands)
+                return self._client.execute_command(*one.eval)
         if isinstance(request, Several):
-            return self._send_several(request.calls)
+            return answer(request, self._send_pipeline(Rounds(commands(request, None))))
+        if isinstance(request, Together):
+            sent = [commands(*one) for one in request.requests]
+            rounds = Rounds([one for several in sent for one in several], load_first=True)
+            return answers(request.requests, sent, self._send_pipeline(rounds))
         try:
             with self._client.pipeline(transaction=True) as pipe:
-                for command in request.commands:
-                    pipe.execute_command(*command)
+                for words in request.commands:
+                    pipe.execute_command(*words)
                 return pipe.execute()
         except OutOfMemoryError:
             return self._send(request.instead, None)
 
-    def _send_several(self, calls: Sequence[Call[Any]]) -> list[Any]:
-        with self._client.pipeline(transaction=False) as pipe:
-            for call in calls:
-                script, operands = _command(call, None)
-                pipe.execute_command("EVALSHA", script.sha, *operands)
-            replies = pipe.execute(raise_on_error=False)
-        for number, reply in enumerate(replies):
-            if isinstance(reply, NoScriptError):
-                replies[number] = self._send(calls[number], None)
-            elif isinstance(reply, Exception):
-                raise reply
-        return list(replies)
+    def _send_pipeline(self, rounds: Rounds) -> list[Any]:
+        while to_send := rounds.following():
+            with self._client.pipeline(transaction=False) as pipe:
+                for words in to_send:
+                    pipe.execute_command(*words)
+                rounds.take(pipe.execute(raise_on_error=False))
+        return rounds.replies
 
     def _open(self) -> None:
         self._refuse_if_closed()
-        script, operands = _command(opening.open_store(self.keyspace, self.settings), None)
+        opened = command(opening.open_store(self.keyspace, self.settings), None)
         with self._client.pipeline(transaction=False) as pipe:
-            pipe.execute_command("EVAL", script.text, *operands)
+            pipe.execute_command(*opened.eval)
             pipe.execute_command(*opening.INFO)
             self._check_opened(pipe.execute(raise_on_error=False))
 
@@ -323,6 +379,7 @@ class SessionStore(_Store, SyncExecutor):
 
     def close(self) -> None:
         """Give back the sessions it holds, and close the connections that it has opened."""
+        self._news.close()
         self.carry(self._leases.giving_all_back())
         self._closed, self._checked = True, False
         if self._own_client:
@@ -357,6 +414,15 @@ class AsyncSessionStore(_Store, AsyncExecutor):
             if client is None
             else connecting.accepted_async(client)
         )
+        self._news = TaskNews(lambda: self._client, self._publish, self.keyspace.news)
+        self._coalescing = (
+            Coalescer(
+                self._client.execute_command,
+                lambda several: self._send_pipeline(Rounds(several)),
+            )
+            if loaded.coalesce and not isinstance(client, redis.asyncio.RedisCluster)
+            else None
+        )
 
     @classmethod
     def from_url(
@@ -388,6 +454,13 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         not held.
         """
         return AsyncClaim(self._tasks, self._leases.claiming(session_id, ttl, wait, expected))
+
+    def batch(self) -> AsyncBatch:
+        """Note operations and send them in one round trip; see ``SessionStore.batch``.
+
+        Use it as ``async with store.batch() as batch:``; within, operations are not awaited.
+        """
+        return AsyncBatch(self._sender(), self)
 
     async def execute(self, request: Request[T]) -> T:
         """Carry out a request, and those that follow from it."""
@@ -441,10 +514,34 @@ class AsyncSessionStore(_Store, AsyncExecutor):
                 yield item
             cursor = page.cursor
 
+    async def follow(self, feed: Live[T, C]) -> AsyncIterator[T]:
+        """Give a feed's items, and wait for news of more."""
+        cursor = feed.first
+        async with self._news.listening(feed.channels) as listener:
+            while True:
+                listener.signal.clear()  # before reading: what comes from now on wakes it
+                async with self._reading():
+                    page = await self.execute(feed.page(cursor))
+                for item in page.items:
+                    yield item
+                if page.cursor is None:
+                    return
+                cursor = page.cursor
+                listener.reached = feed.reached(cursor)
+                if not page.items:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(self._news.patience(listener)):
+                            await listener.signal.wait()
+
+    def _reading(self) -> AbstractAsyncContextManager[Any]:
+        """Hundreds of followers need no more connections than a few."""
+        together = self._coalescing is not None and self._checked
+        return nullcontext() if together else self._news.reading
+
     async def _carry_out(
         self, request: Request[T], lane: Lane | None, *, is_repeat: bool = False
     ) -> T | Request[T]:
-        began, attempts = time.monotonic(), None
+        began, attempts = _began(request), None
         try:
             while True:
                 try:
@@ -463,41 +560,52 @@ class AsyncSessionStore(_Store, AsyncExecutor):
             self._lanes.give_back(lane)
         return request.decode(reply)
 
-    async def _send(self, request: Request[Any], lane: Lane | None) -> Any:
+    def _send(self, request: Request[Any], lane: Lane | None) -> Awaitable[Any]:
         if isinstance(request, Call):
-            script, operands = _command(request, lane)
-            try:
-                return await self._client.execute_command("EVALSHA", script.sha, *operands)
-            except NoScriptError:
-                return await self._client.execute_command("EVAL", script.text, *operands)
+            if self._coalescing is None:
+                return self._send_alone(command(request, lane))
+            return self._coalescing.send(
+                command(request, lane), has_large_reply=request.script in LARGE_REPLIES
+            )
+        return self._send_several(request)
+
+    async def _send_alone(self, one: Command) -> Any:
+        try:
+            return await self._client.execute_command(*one.evalsha)
+        except NoScriptError:
+            return await self._client.execute_command(*one.eval)
+
+    async def _send_several(self, request: Several[Any] | Together[Any] | Snapshot[Any]) -> Any:
         if isinstance(request, Several):
-            return await self._send_several(request.calls)
+            return answer(request, await self._send_pipeline(Rounds(commands(request, None))))
+        if isinstance(request, Together):
+            sent = [commands(*one) for one in request.requests]
+            rounds = Rounds([one for several in sent for one in several], load_first=True)
+            return answers(request.requests, sent, await self._send_pipeline(rounds))
         try:
             async with self._client.pipeline(transaction=True) as pipe:
-                for command in request.commands:
-                    pipe.execute_command(*command)
+                for words in request.commands:
+                    pipe.execute_command(*words)
                 return await pipe.execute()
         except OutOfMemoryError:
             return await self._send(request.instead, None)
 
-    async def _send_several(self, calls: Sequence[Call[Any]]) -> list[Any]:
-        async with self._client.pipeline(transaction=False) as pipe:
-            for call in calls:
-                script, operands = _command(call, None)
-                pipe.execute_command("EVALSHA", script.sha, *operands)
-            replies = await pipe.execute(raise_on_error=False)
-        for number, reply in enumerate(replies):
-            if isinstance(reply, NoScriptError):
-                replies[number] = await self._send(calls[number], None)
-            elif isinstance(reply, Exception):
-                raise reply
-        return list(replies)
+    async def _send_pipeline(self, rounds: Rounds) -> list[Any]:
+        while to_send := rounds.following():
+            async with self._client.pipeline(transaction=False) as pipe:
+                for words in to_send:
+                    pipe.execute_command(*words)
+                rounds.take(await pipe.execute(raise_on_error=False))
+        return rounds.replies
+
+    async def _publish(self, channel: str) -> None:
+        await self._client.publish(channel, "")
 
     async def _open(self) -> None:
         self._refuse_if_closed()
-        script, operands = _command(opening.open_store(self.keyspace, self.settings), None)
+        opened = command(opening.open_store(self.keyspace, self.settings), None)
         async with self._client.pipeline(transaction=False) as pipe:
-            pipe.execute_command("EVAL", script.text, *operands)
+            pipe.execute_command(*opened.eval)
             pipe.execute_command(*opening.INFO)
             self._check_opened(await pipe.execute(raise_on_error=False))
 
@@ -518,8 +626,11 @@ class AsyncSessionStore(_Store, AsyncExecutor):
 
     async def close(self) -> None:
         """Give back the sessions it holds, and close the connections that it has opened."""
+        await self._news.aclose()
         await self.carry(self._leases.giving_all_back())
         self._closed, self._checked = True, False
+        if self._coalescing is not None:
+            await self._coalescing.aclose()
         if self._own_client:
             with suppress(RuntimeError):  # redis-py's, if the loop of the store has ended
                 await self._client.aclose()
@@ -531,9 +642,6 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         await self.close()
 
 
-def _command(call: Call[Any], lane: Lane | None) -> tuple[Script, tuple[str | int, ...]]:
-    """The script, and what follows it in EVALSHA: number of keys, keys, arguments."""
-    if lane is None or call.lane is None:
-        return load(call.script), (len(call.keys), *call.keys, *call.args)
-    keys = (call.lane(lane.name), *call.keys)
-    return load(call.script), (len(keys), *keys, lane.sequence, *call.args)
+def _began(request: Request[Any]) -> float:
+    """When the first attempt began: that of a batch may be one of several."""
+    return request.began if isinstance(request, Together) else time.monotonic()
