@@ -19,7 +19,7 @@ U = TypeVar("U")
 C = TypeVar("C")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen, each of them would take 1 µs longer
 class Call(Generic[T]):
     """Run one script.
 

@@ -58,7 +58,7 @@ class SyncExecutor:
 class AsyncExecutor:
     """Carries out requests on the event loop."""
 
-    async def execute(self, request: Request[T]) -> T:
+    def execute(self, request: Request[T]) -> Coroutine[Any, Any, T]:
         """Carry out a request and return its result."""
         raise NotImplementedError  # each executor has its own
 

@@ -123,6 +123,10 @@ def chunks(
 
     Bytes are decoded as UTF-8 with replacement: no line may be lost to a decode error.
     """
+    if len(values) == 1 and redact is None:  # the most frequent, at a third of the cost
+        (only,) = values
+        if type(only) is str and only.isascii() and len(only) <= limit:
+            return values
     if not values:
         raise InvalidArgumentError.of("chunks", "must be at least one")
     if len(values) > MAX_CHUNKS:

@@ -45,7 +45,7 @@ _Waiting: TypeAlias = tuple[Command, bool, "asyncio.Future[Any]"]
 
 def _weight(command: Command, *, has_large_reply: bool) -> int:
     """What a command counts for in a pipeline, in bytes."""
-    text = sum([len(operand) for operand in command.operands if type(operand) is str])
+    text = sum([len(operand) for operand in command.operands if type(operand) is bytes])
     return text + LARGE_REPLY if has_large_reply else text
 
 

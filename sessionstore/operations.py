@@ -10,6 +10,7 @@ First the twelve methods of the TypeScript original, under their own names; then
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from sessionstore import arguments as check
@@ -579,21 +580,22 @@ class SessionOperations:
         session_id: str,
         chunks: tuple[str | bytes, ...],
     ) -> Call[int]:
-        keys, session_id = self._locate(session_id)
-        buffer = keys.output if script == "add_output" else keys.errors
+        if type(session_id) is not str:  # nothing that a cache could not look up
+            session_id = check.text("session_id", session_id)
+        keys, lane = _appended_to(self.keyspace, script, session_id)
         fence = self._leases.fence_of(session_id)
         return Call(
             script,
-            keys=(keys.session(session_id), buffer(session_id), keys.activity),
-            args=(
+            keys,
+            (
                 session_id,
                 self.settings.buffer_limit,
                 self.settings.buffer_bytes,
                 fence,
                 *check.chunks(chunks, self.redact, self.settings.chunk_limit),
             ),
-            decode=self._leases.guarded(session_id, fence, lambda reply: int(codec.done(reply))),
-            lane=keys.lane,
+            self._leases.guarded(session_id, fence, _total) if fence else _total,
+            lane,
         )
 
     def _read_buffer(
@@ -642,6 +644,21 @@ class SessionOperations:
 
 def _microseconds(seconds: float | None) -> int | str:
     return "" if seconds is None else round(seconds * 1_000_000)
+
+
+@lru_cache(maxsize=4096)
+def _appended_to(
+    keyspace: Keyspace, script: str, session_id: str
+) -> tuple[tuple[str, ...], Callable[[str], str]]:
+    """The keys of an append and their lane's, kept for sessions that are written to again."""
+    session_id = check.text("session_id", session_id)
+    keys = keyspace.of_session(session_id)
+    buffer = keys.output if script == "add_output" else keys.errors
+    return (keys.session(session_id), buffer(session_id), keys.activity), keys.lane
+
+
+def _total(reply: Any) -> int:
+    return int(codec.done(reply))
 
 
 def _nothing(reply: Any) -> None:

@@ -9,9 +9,8 @@ in the pipeline too, so with the scripts loaded at its head nothing overtakes wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from redis.exceptions import NoScriptError, OutOfMemoryError
 
@@ -23,11 +22,10 @@ from sessionstore.scripts import Script, load
 Single: TypeAlias = Call[Any] | Snapshot[Any] | Several[Any]
 
 #: What redis-py's ``execute_command`` takes.
-Words: TypeAlias = tuple[str | int, ...]
+Words: TypeAlias = tuple[str | int | bytes, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(NamedTuple):
     """A script and what follows it in EVALSHA: number of keys, keys, arguments.
 
     Without a script, ``operands`` are a command by themselves.
@@ -45,6 +43,15 @@ class Command:
     @property
     def eval(self) -> Words:
         return self.operands if self.script is None else ("EVAL", self.script.text, *self.operands)
+
+    def encoded(self) -> Command:
+        """The same in bytes: redis-py's asyncio client takes four times as long to encode it."""
+        return Command(
+            self.script,
+            tuple(
+                [one.encode() if type(one) is str else str(one).encode() for one in self.operands]
+            ),
+        )
 
 
 def command(call: Call[Any], lane: Lane | None) -> Command:

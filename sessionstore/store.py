@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar, Unpack, cast
@@ -88,6 +88,7 @@ class _Store(SessionOperations):
         return self._leases.worker
 
     def _attempts(self, request: Request[Any], began: float, *, is_repeat: bool) -> Attempts:
+        is_write = request.lane is not None
         match request:
             case Call():
                 what = request.script
@@ -96,11 +97,9 @@ class _Store(SessionOperations):
             case Snapshot():
                 what = "get_session"
             case Together():
-                what = "batch"
+                what, began = "batch", request.began
+                is_write = any(lane for _, lane in request.requests)
         deadline = self.settings.deadline if self._own_client else None
-        is_write = request.lane is not None or (
-            isinstance(request, Together) and any(lane for _, lane in request.requests)
-        )
         return Attempts(what, deadline, is_write, began, may_have_run=is_repeat)
 
     def _sender(self) -> Sender:
@@ -243,12 +242,7 @@ class SessionStore(_Store, SyncExecutor):
 
     def execute(self, request: Request[T]) -> T:
         """Carry out a request, and those that follow from it."""
-        result: T | Request[T] = request
-        while isinstance(result, REQUESTS):
-            following: Request[T] = cast("Any", result)
-            lane = None if following.lane is None else self._lanes.take()
-            result = self._carry_out(following, lane)
-        return result
+        return self._carry_out(request, None if request.lane is None else self._lanes.take())
 
     def carry(self, steps: Steps[T]) -> T:
         """Carry out step after step."""
@@ -295,27 +289,31 @@ class SessionStore(_Store, SyncExecutor):
                 if not page.items:
                     listener.signal.wait(self._news.patience(listener))
 
-    def _carry_out(
-        self, request: Request[T], lane: Lane | None, *, is_repeat: bool = False
-    ) -> T | Request[T]:
-        began, attempts = _began(request), None
-        try:
-            while True:
-                try:
-                    if not self._checked:
-                        self._open()
-                    reply = self._send(request, lane)
-                    break
-                except RedisError as error:
-                    attempts = attempts or self._attempts(request, began, is_repeat=is_repeat)
-                    time.sleep(attempts.pause_after(error))
-        except BaseException as error:
+    def _carry_out(self, request: Request[T], lane: Lane | None, *, is_repeat: bool = False) -> T:
+        """Send a request until it is answered, and then those that follow from it."""
+        while True:
+            began, attempts = time.monotonic(), None
+            try:
+                while True:
+                    try:
+                        if not self._checked:
+                            self._open()
+                        reply = self._send(request, lane)
+                        break
+                    except RedisError as error:
+                        attempts = attempts or self._attempts(request, began, is_repeat=is_repeat)
+                        time.sleep(attempts.pause_after(error))
+            except BaseException as error:
+                if lane is not None:
+                    self._settle(error, request, lane, is_repeat=is_repeat)
+                raise
             if lane is not None:
-                self._settle(error, request, lane, is_repeat=is_repeat)
-            raise
-        if lane is not None:
-            self._lanes.give_back(lane)
-        return request.decode(reply)
+                self._lanes.give_back(lane)
+            result = request.decode(reply)
+            if not isinstance(result, REQUESTS):
+                return result
+            request, is_repeat = cast("Request[T]", result), False
+            lane = None if request.lane is None else self._lanes.take()
 
     def _send(self, request: Request[Any], lane: Lane | None) -> Any:
         if isinstance(request, Call):
@@ -366,11 +364,7 @@ class SessionStore(_Store, SyncExecutor):
         """
         pending = self._take_pending(error)
         try:
-            result = self._carry_out(pending.request, pending.lane, is_repeat=True)
-            # What was repeated may be one partition's part of a call.
-            if isinstance(result, REQUESTS):
-                return self.execute(cast("Any", result))
-            return result
+            return self._carry_out(pending.request, pending.lane, is_repeat=True)
         except Exception:
             raise
         except BaseException:
@@ -462,15 +456,10 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         """
         return AsyncBatch(self._sender(), self)
 
-    async def execute(self, request: Request[T]) -> T:
+    def execute(self, request: Request[T]) -> Coroutine[Any, Any, T]:
         """Carry out a request, and those that follow from it."""
         self._refuse_other_loop()
-        result: T | Request[T] = request
-        while isinstance(result, REQUESTS):
-            following: Request[T] = cast("Any", result)
-            lane = None if following.lane is None else self._lanes.take()
-            result = await self._carry_out(following, lane)
-        return result
+        return self._carry_out(request, None if request.lane is None else self._lanes.take())
 
     def _refuse_other_loop(self) -> None:
         """The loop of the first call is the store's: its connections cannot be used on another."""
@@ -540,32 +529,38 @@ class AsyncSessionStore(_Store, AsyncExecutor):
 
     async def _carry_out(
         self, request: Request[T], lane: Lane | None, *, is_repeat: bool = False
-    ) -> T | Request[T]:
-        began, attempts = _began(request), None
-        try:
-            while True:
-                try:
-                    if not self._checked:
-                        await self._open()
-                    reply = await self._send(request, lane)
-                    break
-                except RedisError as error:
-                    attempts = attempts or self._attempts(request, began, is_repeat=is_repeat)
-                    await asyncio.sleep(attempts.pause_after(error))
-        except BaseException as error:
+    ) -> T:
+        """Send a request until it is answered, and then those that follow from it."""
+        while True:
+            began, attempts = time.monotonic(), None
+            try:
+                while True:
+                    try:
+                        if not self._checked:
+                            await self._open()
+                        reply = await self._send(request, lane)
+                        break
+                    except RedisError as error:
+                        attempts = attempts or self._attempts(request, began, is_repeat=is_repeat)
+                        await asyncio.sleep(attempts.pause_after(error))
+            except BaseException as error:
+                if lane is not None:
+                    self._settle(error, request, lane, is_repeat=is_repeat)
+                raise
             if lane is not None:
-                self._settle(error, request, lane, is_repeat=is_repeat)
-            raise
-        if lane is not None:
-            self._lanes.give_back(lane)
-        return request.decode(reply)
+                self._lanes.give_back(lane)
+            result = request.decode(reply)
+            if not isinstance(result, REQUESTS):
+                return result
+            request, is_repeat = cast("Request[T]", result), False
+            lane = None if request.lane is None else self._lanes.take()
 
     def _send(self, request: Request[Any], lane: Lane | None) -> Awaitable[Any]:
         if isinstance(request, Call):
             if self._coalescing is None:
                 return self._send_alone(command(request, lane))
             return self._coalescing.send(
-                command(request, lane), has_large_reply=request.script in LARGE_REPLIES
+                command(request, lane).encoded(), has_large_reply=request.script in LARGE_REPLIES
             )
         return self._send_several(request)
 
@@ -614,10 +609,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         self._refuse_other_loop()
         pending = self._take_pending(error)
         try:
-            result = await self._carry_out(pending.request, pending.lane, is_repeat=True)
-            if isinstance(result, REQUESTS):
-                return await self.execute(cast("Any", result))
-            return result
+            return await self._carry_out(pending.request, pending.lane, is_repeat=True)
         except Exception:
             raise
         except BaseException:
@@ -640,8 +632,3 @@ class AsyncSessionStore(_Store, AsyncExecutor):
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
-
-
-def _began(request: Request[Any]) -> float:
-    """When the first attempt began: that of a batch may be one of several."""
-    return request.began if isinstance(request, Together) else time.monotonic()

@@ -23,7 +23,7 @@ from faults import FaultyWorld
 from moments import abandon, be_ended, be_idle, everything, expire_lease, iso, mark, now_us
 
 import sessionstore.reaper
-import sessionstore.store
+import sessionstore.pipelining
 from sessionstore import (
     AsyncReaper,
     LeaseLostError,
@@ -131,7 +131,7 @@ def test_without_the_grace_period_two_passes_at_once_end_a_session(
 ) -> None:
     """The control of the test before it."""
     naive = altered("reap", "age_ms >= grace_ms and", "")
-    monkeypatch.setattr(sessionstore.store, "load", naive)
+    monkeypatch.setattr(sessionstore.pipelining, "load", naive)
     lose(world, worker, session_id)
     store.reap()
 
@@ -230,7 +230,7 @@ def test_without_the_upper_bound_an_old_mark_ends_a_session(
 ) -> None:
     """The control of the test before it."""
     naive = altered("reap", "or age_ms > 3 * grace_ms", "")
-    monkeypatch.setattr(sessionstore.store, "load", naive)
+    monkeypatch.setattr(sessionstore.pipelining, "load", naive)
     lose(world, worker, session_id)
     mark(world, session_id, 86_400)
 
@@ -501,7 +501,7 @@ def test_without_the_place_to_go_on_from_a_long_head_starves_others(
 ) -> None:
     """The control of the test before it."""
     monkeypatch.setattr(
-        sessionstore.store, "load", altered("reap", "redis.call('SET', place, candidate)", "")
+        sessionstore.pipelining, "load", altered("reap", "redis.call('SET', place, candidate)", "")
     )
     store = real.store()
     crowd(real, store, real.store(worker="worker"))

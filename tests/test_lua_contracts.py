@@ -24,7 +24,7 @@ from faults import contents
 from lupa import lua51
 
 import sessionstore
-import sessionstore.store
+import sessionstore.pipelining
 from sessionstore import SessionStoreError
 from sessionstore._server import PrivateServer
 from sessionstore.errors import _BY_CODE
@@ -508,7 +508,7 @@ def unchecked(name: str) -> Script:
 def test_without_the_check_a_key_of_the_wrong_type_leaves_a_write_half_done(
     world: World, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessionstore.store, "load", unchecked)
+    monkeypatch.setattr(sessionstore.pipelining, "load", unchecked)
 
     found, _ = half_done(world, WRITES[name])
 
@@ -556,7 +556,7 @@ def test_an_expired_session_with_a_spoilt_key_is_cleared_whole_or_left_alone(wor
 def test_without_the_check_an_expired_session_is_cleared_in_part(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessionstore.store, "load", unchecked)
+    monkeypatch.setattr(sessionstore.pipelining, "load", unchecked)
 
     found, _ = torn_by_retention(world)
 
