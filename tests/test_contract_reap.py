@@ -601,6 +601,8 @@ def test_a_deletion_is_told_in_the_events(world: World, store: Any) -> None:
         "type": "codex",
         "actor": store.worker,
         "old_status": "error",
+        "output_total": "1",
+        "error_total": "1",
     }
 
 
