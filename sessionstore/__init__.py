@@ -38,6 +38,7 @@ from sessionstore.models import (
 from sessionstore.reaper import AsyncReaper, Reaper
 from sessionstore.settings import StoreSettings
 from sessionstore.store import AsyncSessionStore, SessionStore
+from sessionstore.writer import AsyncWriter, Writer
 
 try:
     __version__ = version("sessionstore")
@@ -50,6 +51,7 @@ __all__ = [
     "AsyncLease",
     "AsyncReaper",
     "AsyncSessionStore",
+    "AsyncWriter",
     "BufferPage",
     "InvalidArgumentError",
     "Lease",
@@ -72,6 +74,7 @@ __all__ = [
     "UnknownSessionTypeError",
     "UnreadableSessionError",
     "UnsafeServerError",
+    "Writer",
     "__version__",
 ]
 
