@@ -37,6 +37,8 @@ class LineSplitter:
         text = self._rest + text
         if not text.isascii():
             text = _encodable(text)
+            if self._longest < 4:  # a character may be longer than an entry
+                text = "".join(c if len(c.encode()) <= self._longest else "?" for c in text)
         entries = text.split("\n")
         widest = 1 if text.isascii() else 4  # bytes of a character
         if max(map(len, entries)) * widest <= self._longest:
@@ -71,11 +73,6 @@ def _cut(line: str, longest: int) -> list[str]:
         end = begin + longest
         while data[end] & 0xC0 == 0x80:  # inside a character
             end -= 1
-        if end == begin:  # a character that is longer than an entry may be
-            pieces.append("?")
-            end += len(data[begin : begin + 4].decode(errors="ignore")[0].encode())
-        else:
-            pieces.append(data[begin:end].decode())
+        pieces.append(data[begin:end].decode())
         begin = end
-    rest = data[begin:].decode()
-    return [*pieces, rest] if rest or not pieces else pieces
+    return [*pieces, data[begin:].decode()]
