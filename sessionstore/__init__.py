@@ -41,6 +41,7 @@ from sessionstore.models import (
 from sessionstore.reaper import AsyncReaper, Reaper
 from sessionstore.settings import StoreSettings
 from sessionstore.store import AsyncSessionStore, SessionStore
+from sessionstore.writer import AsyncWriter, Writer
 
 try:
     __version__ = version("sessionstore")
@@ -54,6 +55,7 @@ __all__ = [
     "AsyncLease",
     "AsyncReaper",
     "AsyncSessionStore",
+    "AsyncWriter",
     "Batch",
     "BufferPage",
     "InvalidArgumentError",
@@ -79,6 +81,7 @@ __all__ = [
     "UnknownSessionTypeError",
     "UnreadableSessionError",
     "UnsafeServerError",
+    "Writer",
     "__version__",
 ]
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar, cast
 
+from sessionstore.errors import OutcomeUnknownError
+
 T = TypeVar("T")
 U = TypeVar("U")
 C = TypeVar("C")
@@ -80,8 +82,9 @@ Request: TypeAlias = Call[T] | Snapshot[T] | Several[T] | Together[T]
 REQUESTS = (Call, Snapshot, Several, Together)
 
 #: Several round trips with logic between them, written once for both stores: a generator that
-#: yields a request and is sent its result, or yields seconds to sleep.
-Steps: TypeAlias = Generator[Request[Any] | float, Any, T]
+#: yields a request and is sent its result, or yields the error of a write whose outcome is unknown
+#: and is sent the result of its repeat, or yields seconds to sleep.
+Steps: TypeAlias = Generator[Request[Any] | OutcomeUnknownError | float, Any, T]
 
 
 def then(request: Request[T], use: Callable[[T], U | Request[U]]) -> Request[U]:

@@ -234,6 +234,8 @@ TRANSIENT: tuple[type[Exception], ...] = (
     TryAgainError,
     ClusterDownError,
 )
+# An outage of any kind, and a server whose memory is full: who can wait tries again.
+PASSING: tuple[type[Exception], ...] = (OutcomeUnknownError, OutOfMemoryError, *TRANSIENT)
 _NEVER_TRANSIENT = (AuthenticationError, AuthorizationError)
 _NEVER_SENT = (ConnectionRefusedError, FileNotFoundError, socket.gaierror)
 # redis-py's words; what refused the connection is not always among the error's causes.

@@ -8,6 +8,7 @@ safe: a read changes nothing, and a write carries the token of its lane (``lanes
 from __future__ import annotations
 
 import asyncio
+import atexit
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
@@ -18,7 +19,7 @@ import redis
 import redis.asyncio
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 
-from sessionstore import connecting, opening
+from sessionstore import connecting, lease, opening, writer, writing
 from sessionstore._call import (
     REQUESTS,
     Call,
@@ -47,6 +48,7 @@ from sessionstore.news import TaskNews, ThreadNews
 from sessionstore.operations import SessionOperations
 from sessionstore.pipelining import Command, Rounds, answer, answers, command, commands
 from sessionstore.settings import SettingsArguments, StoreSettings
+from sessionstore.writer import AsyncWriter, Writer
 
 T = TypeVar("T")
 C = TypeVar("C")
@@ -240,6 +242,54 @@ class SessionStore(_Store, SyncExecutor):
         """
         return Batch(self._sender(), self)
 
+    def writer(
+        self,
+        session_id: str,
+        *,
+        errors: bool = False,
+        batch_bytes: int = writing.BATCH_BYTES,
+        interval: float = writing.INTERVAL,
+        max_pending: int = writing.MAX_PENDING,
+        patience: float = writing.PATIENCE,
+    ) -> Writer:
+        """Open a session's output as a text file to write to; nothing is sent yet.
+
+        Use it as ``with store.writer(session_id) as out: print("hello", file=out)``. Each line is
+        an entry, without its newline; a last one without a newline is stored at the close. A line
+        over 64 KiB (or over ``chunk_limit``) is stored in pieces. What is written is sent in the
+        background, in order and once, as by ``add_output``, and under this worker's lease if there
+        is one. What could not be stored is told by a later ``write``, ``flush`` or ``close``: they
+        raise the error of ``add_output``.
+
+        ``store.close()`` closes its writers first, and so does the end of the interpreter.
+
+        Args:
+            session_id: the session.
+            errors: write to its errors instead of its output.
+            batch_bytes: so much is sent at once; bytes of UTF-8, and 16 for each write.
+            interval: seconds that a write waits for others to go with it, at most 60.
+            max_pending: bytes, counted in the same way; a write waits while there are so many to be
+                sent.
+            patience: seconds to go on trying while the store cannot be reached or its memory is
+                full; 0: only for the deadline of one call.
+
+        Raises:
+            InvalidArgumentError: an argument breaks its rule.
+        """
+        self._refuse_if_closed()
+        return Writer(
+            self,
+            writing.backlog(
+                self,
+                session_id,
+                errors=errors,
+                batch_bytes=batch_bytes,
+                interval=interval,
+                max_pending=max_pending,
+                patience=patience,
+            ),
+        )
+
     def execute(self, request: Request[T]) -> T:
         """Carry out a request, and those that follow from it."""
         return self._carry_out(request, None if request.lane is None else self._lanes.take())
@@ -252,11 +302,14 @@ class SessionStore(_Store, SyncExecutor):
             while True:
                 step = steps.send(value) if failure is None else steps.throw(failure)
                 value, failure = None, None
-                if not isinstance(step, REQUESTS):
+                if isinstance(step, (int, float)):
                     time.sleep(step)
                     continue
                 try:
-                    value = self.execute(step)
+                    if isinstance(step, OutcomeUnknownError):
+                        value = self.repeat(step)
+                    else:
+                        value = self.execute(step)
                 except Exception as error:
                     failure = error
         except StopIteration as end:
@@ -372,12 +425,25 @@ class SessionStore(_Store, SyncExecutor):
             raise
 
     def close(self) -> None:
-        """Give back the sessions it holds, and close the connections that it has opened."""
+        """Close its writers, give back the sessions it holds, and close its own connections.
+
+        Raises:
+            SessionStoreError: a writer could not store everything; the rest is done all the same.
+            redis.RedisError: the same, of Redis itself.
+        """
+        failure: Exception | None = None
+        for one in writer.closing(self):
+            try:
+                one.close()
+            except Exception as error:
+                failure = failure or error
         self._news.close()
         self.carry(self._leases.giving_all_back())
         self._closed, self._checked = True, False
         if self._own_client:
             self._client.close()
+        if failure is not None:
+            raise failure
 
     def __enter__(self) -> Self:
         return self
@@ -456,6 +522,34 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         """
         return AsyncBatch(self._sender(), self)
 
+    def writer(
+        self,
+        session_id: str,
+        *,
+        errors: bool = False,
+        batch_bytes: int = writing.BATCH_BYTES,
+        interval: float = writing.INTERVAL,
+        max_pending: int = writing.MAX_PENDING,
+        patience: float = writing.PATIENCE,
+    ) -> AsyncWriter:
+        """Open a session's output to write to; see ``SessionStore.writer``.
+
+        Use it as ``async with store.writer(session_id) as out: await out.write("hello\\n")``.
+        """
+        self._refuse_if_closed()
+        return AsyncWriter(
+            self,
+            writing.backlog(
+                self,
+                session_id,
+                errors=errors,
+                batch_bytes=batch_bytes,
+                interval=interval,
+                max_pending=max_pending,
+                patience=patience,
+            ),
+        )
+
     def execute(self, request: Request[T]) -> Coroutine[Any, Any, T]:
         """Carry out a request, and those that follow from it."""
         self._refuse_other_loop()
@@ -481,11 +575,14 @@ class AsyncSessionStore(_Store, AsyncExecutor):
             while True:
                 step = steps.send(value) if failure is None else steps.throw(failure)
                 value, failure = None, None
-                if not isinstance(step, REQUESTS):
+                if isinstance(step, (int, float)):
                     await asyncio.sleep(step)
                     continue
                 try:
-                    value = await execute(step)
+                    if isinstance(step, OutcomeUnknownError):
+                        value = await self.repeat(step)
+                    else:
+                        value = await execute(step)
                 except Exception as error:
                     failure = error
         except StopIteration as end:
@@ -617,7 +714,13 @@ class AsyncSessionStore(_Store, AsyncExecutor):
             raise
 
     async def close(self) -> None:
-        """Give back the sessions it holds, and close the connections that it has opened."""
+        """Close its writers, and all that it has opened; see ``SessionStore.close``."""
+        failure: Exception | None = None
+        for one in writer.closing(self):
+            try:
+                await one.close()
+            except Exception as error:
+                failure = failure or error
         await self._news.aclose()
         await self.carry(self._leases.giving_all_back())
         self._closed, self._checked = True, False
@@ -626,9 +729,20 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         if self._own_client:
             with suppress(RuntimeError):  # redis-py's, if the loop of the store has ended
                 await self._client.aclose()
+        if failure is not None:
+            raise failure
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
+
+
+@atexit.register
+def _at_exit() -> None:
+    """Writers first: what they have yet to send needs the leases."""
+    try:
+        writer.close_all()
+    finally:
+        lease.give_all_back()

@@ -25,7 +25,7 @@ import pytest
 import redis
 from rawkeys import RawKeys
 
-from sessionstore import AsyncLease, AsyncSessionStore, SessionStore
+from sessionstore import AsyncLease, AsyncSessionStore, AsyncWriter, SessionStore
 from sessionstore._server import PrivateServer, ServerNotFoundError, ServerProgram, find_program
 from sessionstore.lease import AsyncClaim
 
@@ -108,12 +108,14 @@ def own_server(request: pytest.FixtureRequest) -> Iterator[PrivateServer]:
 
 
 class Awaiting:
-    """An async store, or a lease of it, whose coroutine functions are run to their end at once.
+    """An async store, a lease or a writer of it, whose coroutine functions are run to their end.
 
     Its tasks go on only while something is run: see ``World.sleep``.
     """
 
-    def __init__(self, store: AsyncSessionStore | AsyncLease, runner: asyncio.Runner) -> None:
+    def __init__(
+        self, store: AsyncSessionStore | AsyncLease | AsyncWriter, runner: asyncio.Runner
+    ) -> None:
         self.store = store
         self._runner = runner
 
@@ -128,6 +130,8 @@ class Awaiting:
     def _blocking(self, result: Any) -> Any:
         if isinstance(result, AsyncClaim):
             return Awaiting(self._runner.run(_awaited(result)), self._runner)
+        if isinstance(result, AsyncWriter):
+            return Awaiting(result, self._runner)
         return self._iterate(result) if isinstance(result, AsyncIterator) else result
 
     def _iterate(self, iterator: AsyncIterator[Any]) -> Iterator[Any]:
