@@ -35,7 +35,7 @@ from typing import Any
 from uuid import uuid4
 from weakref import WeakSet
 
-from redis.exceptions import ConnectionError, RedisError
+from redis.exceptions import ConnectionError, NoPermissionError, RedisError
 
 from sessionstore import codec
 
@@ -47,6 +47,7 @@ LOOKS_SELDOM, LOOKS_OFTEN = 5.0, 1.0
 PULSE, SILENCE = 10.0, 5.0
 _LISTENS_FOR = 1.0  # seconds in one go
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds before the next connection
+_UNTIL_PERMITTED = 60.0  # and if there is no right to subscribe
 _MOST_CHANNELS = 1000  # in one command
 READERS = 2  # followers of one store that read at the same time
 
@@ -134,6 +135,12 @@ class News:
                 self.end()
             return wanted
 
+    def steps_of(self, pause: float) -> Generator[float]:
+        """A pause in short steps, as long as anybody listens."""
+        over_at = time.monotonic() + pause
+        while (left := over_at - time.monotonic()) > 0 and self._listeners and not self.is_closed:
+            yield min(left, _LISTENS_FOR)
+
     def end(self) -> None:
         """Nobody reads the subscription any more. The lock is held."""
         raise NotImplementedError  # a thread or a task
@@ -193,9 +200,11 @@ class News:
         """The connection is gone, and with it news."""
         logger.info("no news for those who follow, trying again: %s", error)
         with self.lock:
+            was_up = bool(self._confirmed)
             self._forget_subscription()
         self.was_not_sent()
-        self.wake_all()
+        if was_up:  # from now on they look more often
+            self.wake_all()
 
     def _forget_subscription(self) -> None:
         self._subscribed.clear()
@@ -203,12 +212,11 @@ class News:
         self._is_told = False
 
 
-def _pauses() -> Generator[float]:
-    """Seconds to wait before each new connection."""
-    pause = _FIRST_PAUSE
-    while True:
-        yield random.uniform(pause / 2, pause)
-        pause = min(2 * pause, _LONGEST_PAUSE)
+def _pause_after(error: Exception, before: float) -> float:
+    """Seconds until the next connection; ``before``: the pause before the one that failed."""
+    if isinstance(error, NoPermissionError):  # nobody is going to grant it this minute
+        return _UNTIL_PERMITTED
+    return min(max(2 * before, _FIRST_PAUSE), _LONGEST_PAUSE) * random.uniform(0.7, 1.0)
 
 
 # ---- Blocking -----------------------------------------------------------------------------------
@@ -259,7 +267,7 @@ class ThreadNews(News):
             self.was_not_sent()
 
     def _run(self) -> None:
-        pauses = _pauses()
+        pause = 0.0
         while True:
             try:
                 pubsub = self._client().pubsub()
@@ -270,13 +278,15 @@ class ThreadNews(News):
                         self.take(pubsub.get_message(timeout=_LISTENS_FOR))
                         if self.is_pulse_due():
                             self._speak()
-                        pauses = _pauses()
+                        pause = 0.0
                     return
                 finally:
                     pubsub.close()
             except Exception as error:
                 self.is_down(error)
-                time.sleep(next(pauses))
+                pause = _pause_after(error, pause)
+                for step in self.steps_of(pause):
+                    time.sleep(step)
 
 
 _alive: WeakSet[ThreadNews] = WeakSet()
@@ -335,7 +345,7 @@ class TaskNews(News):
             self.was_not_sent()
 
     async def _run(self) -> None:
-        pauses = _pauses()
+        pause = 0.0
         while True:
             try:
                 pubsub = self._client().pubsub()
@@ -346,13 +356,15 @@ class TaskNews(News):
                         self.take(await pubsub.get_message(timeout=_LISTENS_FOR))
                         if self.is_pulse_due():
                             await self._speak()
-                        pauses = _pauses()
+                        pause = 0.0
                     return
                 finally:
                     await pubsub.aclose()
             except Exception as error:
                 self.is_down(error)
-                await asyncio.sleep(next(pauses))
+                pause = _pause_after(error, pause)
+                for step in self.steps_of(pause):
+                    await asyncio.sleep(step)
 
     async def aclose(self) -> None:
         """No task is left."""

@@ -25,6 +25,7 @@ import pytest
 import redis
 from rawkeys import RawKeys
 
+import sessionstore.news
 from sessionstore import AsyncLease, AsyncSessionStore, AsyncWriter, SessionStore
 from sessionstore._server import PrivateServer, ServerNotFoundError, ServerProgram, find_program
 from sessionstore.lease import AsyncClaim
@@ -245,3 +246,17 @@ def world(
 def store(world: World) -> Any:
     """A store with default settings in that world."""
     return world.store()
+
+
+@pytest.fixture
+def only_news(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A follower that looks for itself too late for any test: what wakes it is news.
+
+    But on fakeredis a blocking client of another thread does not wake the event loop.
+    """
+    if "world" in request.fixturenames:
+        world: World = request.getfixturevalue("world")
+        if (world.style, world.target) == ("async", FAKEREDIS):
+            return
+    monkeypatch.setattr(sessionstore.news, "LOOKS_SELDOM", 600.0)
+    monkeypatch.setattr(sessionstore.news, "LOOKS_OFTEN", 600.0)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from conftest import FAKEREDIS, World
+from conftest import World
 
 import sessionstore.news
 from sessionstore import BufferPage, SessionNotFoundError, SessionStore, SessionStoreError
@@ -53,20 +53,6 @@ def meanwhile(act: Callable[[], object]) -> Iterator[None]:
 
 def entries(pages: Iterable[BufferPage]) -> list[str]:
     return [entry for page in pages for entry in page.chunks]
-
-
-@pytest.fixture
-def only_news(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A follower that looks for itself too late for any test: what wakes it is news.
-
-    But on fakeredis a blocking client of another thread does not wake the event loop.
-    """
-    if "world" in request.fixturenames:
-        world: World = request.getfixturevalue("world")
-        if (world.style, world.target) == ("async", FAKEREDIS):
-            return
-    monkeypatch.setattr(sessionstore.news, "LOOKS_SELDOM", 600.0)
-    monkeypatch.setattr(sessionstore.news, "LOOKS_OFTEN", 600.0)
 
 
 # ---- What comes, and in which order ------------------------------------------------------------
