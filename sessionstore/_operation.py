@@ -112,7 +112,9 @@ class Outcome(Generic[T]):
             SessionStoreError: the batch has not been sent.
         """
         if not self._is_known:
-            raise SessionStoreError(f"the batch with this {self.operation} has not been sent")
+            raise SessionStoreError(
+                f"the batch with this {self.operation} has not been sent, or was interrupted"
+            )
         self._is_looked_at = True
         return self._error
 
