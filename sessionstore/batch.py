@@ -92,6 +92,7 @@ class _Batch(SessionOperations, BatchExecutor):
         return iter([noted.outcome for noted in self._noted])
 
     def note(self, operation: str, request: Request[T]) -> Outcome[T]:
+        """Note a request; what will become of it."""
         if self._is_over:
             raise SessionStoreError("this batch has been sent or given up; begin another")
         assert not isinstance(request, Together)  # no operation is a batch

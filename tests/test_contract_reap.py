@@ -22,8 +22,8 @@ from consistency import assert_consistent, microseconds
 from faults import FaultyWorld
 from moments import abandon, be_ended, be_idle, everything, expire_lease, iso, mark, now_us
 
-import sessionstore.reaper
 import sessionstore.pipelining
+import sessionstore.reaper
 from sessionstore import (
     AsyncReaper,
     LeaseLostError,
