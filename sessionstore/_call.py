@@ -25,7 +25,8 @@ class Call(Generic[T]):
 
     ``lane`` is None for a read. For a write it names the key of a lane in the same hash slot as
     ``keys``: the store puts that key before ``keys`` and the write's sequence number before
-    ``args`` (see ``lanes.py``).
+    ``args`` (see ``lanes.py``). ``unopened``: it is sent without a look at the namespace's layout
+    and at the server, by the doctor, who looks at both himself.
     """
 
     script: str
@@ -33,6 +34,7 @@ class Call(Generic[T]):
     args: Sequence[str | int]
     decode: Callable[[Any], T | Request[T]]
     lane: Callable[[str], str] | None = None
+    unopened: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class Snapshot(Generic[T]):
     instead: Call[Any]
     decode: Callable[[Any], T | Request[T]]
     lane: ClassVar[None] = None
+    unopened: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,11 @@ class Several(Generic[T]):
     calls: Sequence[Call[Any]]
     decode: Callable[[list[Any]], T | Request[T]]
     lane: ClassVar[None] = None
+
+    @property
+    def unopened(self) -> bool:
+        """Whether all are."""
+        return all(call.unopened for call in self.calls)
 
 
 Request: TypeAlias = Call[T] | Snapshot[T] | Several[T]
@@ -84,7 +92,28 @@ def then(request: Request[T], use: Callable[[T], U | Request[U]]) -> Request[U]:
         return Snapshot(request.commands, request.instead, decode)
     if isinstance(request, Several):
         return Several(request.calls, decode)
-    return Call(request.script, request.keys, request.args, decode, request.lane)
+    return Call(request.script, request.keys, request.args, decode, request.lane, request.unopened)
+
+
+def stepwise(
+    first: Request[U], steps: Callable[[U], Generator[Request[Any], Any, T]]
+) -> Request[T]:
+    """A request, and those that a generator made from its result asks for one after another."""
+
+    def begin(result: U) -> T | Request[T]:
+        generator = steps(result)
+
+        def advance(value: Any) -> T | Request[T]:
+            try:
+                request = generator.send(value)
+            except StopIteration as end:
+                last: T = end.value
+                return last
+            return then(request, advance)
+
+        return advance(None)
+
+    return then(first, begin)
 
 
 def one_after_another(calls: Sequence[Call[list[T]]]) -> Request[list[T]]:
@@ -99,7 +128,7 @@ def one_after_another(calls: Sequence[Call[list[T]]]) -> Request[list[T]]:
             items.extend(some)
             return items if number + 1 == len(calls) else following(number + 1)
 
-        return Call(call.script, call.keys, call.args, decode, call.lane)
+        return Call(call.script, call.keys, call.args, decode, call.lane, call.unopened)
 
     return following(0)
 

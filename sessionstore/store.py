@@ -110,6 +110,10 @@ class _Store(SessionOperations):
         error.pending = None
         return pending
 
+    def _must_open(self, request: Request[Any]) -> bool:
+        self._refuse_if_closed()
+        return not request.unopened
+
     def _check_opened(self, replies: list[Any]) -> None:
         meta, info = replies
         if isinstance(meta, ResponseError):
@@ -245,7 +249,7 @@ class SessionStore(_Store, SyncExecutor):
         try:
             while True:
                 try:
-                    if not self._checked:
+                    if not self._checked and self._must_open(request):
                         self._open()
                     reply = self._send(request, lane)
                     break
@@ -448,7 +452,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         try:
             while True:
                 try:
-                    if not self._checked:
+                    if not self._checked and self._must_open(request):
                         await self._open()
                     reply = await self._send(request, lane)
                     break

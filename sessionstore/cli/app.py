@@ -17,6 +17,7 @@ import typer
 
 from sessionstore import SessionNotActiveError, __version__
 from sessionstore.cli import failures, look, terminal
+from sessionstore.cli.doctor import doctor
 from sessionstore.cli.failures import CommandError
 from sessionstore.cli.options import (
     GlobalOptions,
@@ -251,7 +252,7 @@ def _name_and_value(text: str) -> tuple[str, str]:
     return name, value
 
 
-# ---- Looking, removing, reaping ------------------------------------------------------------------
+# ---- Looking, removing, reaping, mending ---------------------------------------------------------
 
 app.command("ls")(look.list_sessions)
 app.command("show")(look.show)
@@ -259,6 +260,7 @@ app.command("logs")(look.logs)
 app.command("metrics")(look.metrics)
 app.command("rm")(look.remove)
 app.command("reap")(reap)
+app.command("doctor")(doctor)
 
 
 # ---- Trying it out ----------------------------------------------------------------------------
