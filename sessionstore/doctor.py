@@ -373,7 +373,7 @@ class Doctor:
             return self._findings(prefix, [(wrong, rest, kind)])
         own = re.fullmatch(r"session:([^:]+)", rest)
         if own is not None and wrong == "wrong_type":
-            return (yield from self._repair(prefix, own[1], []))
+            return (yield from self._repair(prefix, own[1], [], whole=False))
         found = yield self._repair_key(prefix, rest)
         return self._findings(prefix, found, repaired=True)
 
@@ -469,7 +469,7 @@ class Doctor:
                 if int(examined) < len(some):
                     waiting.append((prefix, some[int(examined) :]))
                 for (session_id, rests), answer in zip(some, answers, strict=False):
-                    problems += yield from self._answered(prefix, session_id, rests, answer)
+                    problems += yield from self._answered(prefix, session_id, rests, answer, whole)
         return problems
 
     def _session_call(
@@ -498,7 +498,12 @@ class Doctor:
         return (*bounds, overdue_us, WEIGHED_ENTRIES, WEIGHED_BYTES)
 
     def _answered(
-        self, prefix: Plain, session_id: Plain, rests: Sequence[Plain], answer: Any
+        self,
+        prefix: Plain,
+        session_id: Plain,
+        rests: Sequence[Plain],
+        answer: Any,
+        whole: bool,
     ) -> Generator[Request[Any], Any, list[Problem]]:
         service, told = codec.text(answer[0]), [tuple(map(codec.text, one)) for one in answer[1]]
         problems: list[Problem] = []
@@ -508,7 +513,7 @@ class Doctor:
         large = [(rest, detail) for kind, rest, detail in told if kind == "large"]
         told = [one for one in told if one[0] != "large"]
         if told and self.repairs:
-            problems += yield from self._repair(prefix, session_id, rests)
+            problems += yield from self._repair(prefix, session_id, rests, whole=whole)
         else:
             problems += self._findings(prefix, told, session_id)
         for rest, buffer in large:
@@ -521,7 +526,7 @@ class Doctor:
         ).prefix != _shown(prefix)
 
     def _repair(
-        self, prefix: Plain, session_id: Plain, rests: Sequence[Plain]
+        self, prefix: Plain, session_id: Plain, rests: Sequence[Plain], *, whole: bool
     ) -> Generator[Request[Any], Any, list[Problem]]:
         keys = self._partitions[prefix]
         found = yield Call(
@@ -532,8 +537,10 @@ class Doctor:
             lane=keys.lane,
             unopened=True,
         )
-        found = [one for one in found if one[0] != "large"]
-        return self._findings(prefix, found, session_id, repaired=True)
+        # What only people can mend was told when the session was examined whole.
+        known = [one for one in found if one[0] in _WORDS]
+        told = [one for one in known if whole or _WORDS[cast("ProblemKind", one[0])].mendable]
+        return self._findings(prefix, told, session_id, repaired=True)
 
     def _stray_type(
         self, prefix: Plain, name: Plain

@@ -41,6 +41,11 @@ local function us_of(text)
   return found or nil
 end
 
+-- The time that a score tells; nil if it tells none: others may have set it.
+local function time_at(us)
+  return us and us > 0 and us < 9e15 and iso(math.floor(us)) or nil
+end
+
 local function is_utf8(text)
   if not string.find(text, '[\128-\255]') then
     return true
@@ -138,9 +143,6 @@ local function examine_fields(prefix, id, findings)
   local flat = redis.call('HGETALL', key)
   for i = 1, #flat, 2 do
     fields[flat[i]] = flat[i + 1]
-    if not (is_utf8(flat[i]) and is_utf8(flat[i + 1])) then
-      findings.tell('field_unreadable', rest, flat[i])
-    end
   end
 
   local function settle(field, value)
@@ -182,15 +184,22 @@ local function examine_fields(prefix, id, findings)
     end
   end
   if not us_of(fields.created_at) then
-    local created = score('sessions')
-    settle('created_at', created and created > 0 and iso(created))
+    settle('created_at', time_at(score('sessions')))
   end
   local created_us, last_us = us_of(fields.created_at), us_of(fields.last_activity)
   if not last_us then
-    last_us = score('activity') or score('ended')
-    settle('last_activity', last_us and last_us > 0 and iso(math.max(last_us, created_us or 0)))
+    local told = time_at(score('activity')) or time_at(score('ended'))
+    settle('last_activity', told and iso(math.max(us_of(told), created_us or 0)))
   elseif created_us and last_us < created_us then
-    settle('last_activity', iso(math.max(created_us, score('activity') or 0)))
+    local told = time_at(score('activity'))
+    settle('last_activity', iso(math.max(created_us, told and us_of(told) or 0)))
+  end
+  for i = 1, #flat, 2 do
+    local field = flat[i]
+    if not (is_utf8(field) and is_utf8(fields[field])) then
+      findings.tell('field_unreadable', rest, field)
+      unknown[field] = true
+    end
   end
   return fields, unknown
 end
@@ -229,7 +238,8 @@ local function examine_lease(prefix, id, fields, findings, overdue_us)
   if not expires_us then
     local expires_ms = type_of(prefix .. 'leases') == 'zset'
       and tonumber(redis.call('ZSCORE', prefix .. 'leases', id) or nil)
-    change('lease_expires_at', iso((expires_ms or math.floor(now_us / 1000)) * 1000))
+    change('lease_expires_at', expires_ms and time_at(math.floor(expires_ms) * 1000)
+      or iso(math.floor(now_us / 1000) * 1000))
   elseif expires_us < now_us - overdue_us then
     findings.tell('lease_overdue', rest, fields.owner)
   end
