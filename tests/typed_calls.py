@@ -8,7 +8,7 @@ with the name of its error: both checkers report an ignore that is not needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from datetime import datetime
 from typing import Any, Literal, assert_type
 
@@ -22,10 +22,12 @@ from sessionstore import (
     AsyncReaper,
     AsyncSessionStore,
     BufferPage,
+    Drift,
     InvalidArgumentError,
     Lease,
     LeaseLostError,
     OutcomeUnknownError,
+    Problem,
     Reaped,
     Reaper,
     SessionBusyError,
@@ -223,6 +225,29 @@ async def reaping_async(store: AsyncSessionStore) -> None:
     assert_type(await reaper.stop(), None)
 
 
+def doctor(store: SessionStore) -> None:
+    assert_type(store.check(), Iterator[Problem])
+    assert_type(store.repair(), Iterator[Problem])
+    for problem in store.repair():
+        assert_type(problem.key, str)
+        assert_type(problem.session_id, str | None)
+        assert_type(problem.message, str)
+        assert_type(problem.mending, str)
+        assert_type(problem.repaired, bool)
+        assert_type(problem.warning, bool)
+    assert_type(store.drift(), Drift)
+    assert_type(store.drift().found, bool)
+    assert_type(store.drift().sessions, int)
+
+
+async def doctor_async(store: AsyncSessionStore) -> None:
+    assert_type(store.check(), AsyncIterator[Problem])
+    async for problem in store.repair():
+        assert_type(problem, Problem)
+        print(problem.kind == "index_missing")
+    assert_type(await store.drift(), Drift)
+
+
 def values(session: AgentSession, page: BufferPage, metrics: SessionMetrics) -> None:
     assert_type(session.status, AgentSessionStatus)
     assert_type(session.created_at, datetime)
@@ -294,6 +319,7 @@ def refused(store: SessionStore, url: str) -> None:
     store.claim("id").release(status="asleep")  # type: ignore[arg-type]
     store.reap(60)  # type: ignore[call-arg]
     store.delete_session("id", True)  # type: ignore[call-arg]
+    store.repair("id")  # type: ignore[call-arg]
 
 
 async def refused_async(store: AsyncSessionStore, client: redis.Redis) -> None:
@@ -304,6 +330,8 @@ async def refused_async(store: AsyncSessionStore, client: redis.Redis) -> None:
     for _ in store.get_all_sessions():  # type: ignore[attr-defined]
         pass
     AsyncSessionStore(client)  # type: ignore[arg-type]
+    for _ in store.check():  # type: ignore[attr-defined]
+        pass
     store.claim("id").renew()  # type: ignore[attr-defined]
     with store.claim("id"):  # type: ignore[attr-defined]
         pass
