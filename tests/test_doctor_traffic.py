@@ -19,7 +19,7 @@ from faults import seeded
 from sessionstore._server import PrivateServer
 
 FAULTS_IN_ALL = 100
-SECONDS = 1.2  # of traffic on a healthy store
+SECONDS = 0.6  # of traffic on a healthy store
 
 
 def world_on(server: PrivateServer) -> World:
