@@ -194,6 +194,8 @@ class Doctor:
     #: Keys of the wrong type that were told: each session that needs one finds it again, and when
     #: one has been set aside each session is missing in the one that takes its place.
     _spoilt: set[str] = field(init=False, default_factory=set[str])
+    #: Sets of types that sessions are missing in: where they are lost, the type is not.
+    _lacking: set[str] = field(init=False, default_factory=set[str])
     _keys_seen: bool = False
     _foreign_seen: bool = False
     _layout_missing: str = ""
@@ -545,6 +547,8 @@ class Doctor:
     def _stray_type(
         self, prefix: Plain, name: Plain
     ) -> Generator[Request[Any], Any, list[Problem]]:
+        if f"{prefix}sessions:type:{name}" in self._lacking:
+            return []
         if not self.repairs:
             return self._findings(prefix, [("index_orphan", "types", name)])
         found = yield self._repair_key(prefix, "types", name)
@@ -632,6 +636,8 @@ class Doctor:
                 self._spoilt.add(name)
             elif repaired and kind == "index_missing" and name in self._spoilt:
                 continue  # rebuilt: that was told
+            elif kind == "index_missing" and rest.startswith("sessions:type:") and not repaired:
+                self._lacking.add(name)
             problems.append(
                 self._finding(prefix, kind, rest, detail, session_id, repaired=repaired)
             )

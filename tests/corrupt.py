@@ -152,6 +152,9 @@ FAULTS: dict[str, Fault] = {
     "a set lost": Fault(
         lambda one: one.redis.unlink(one.set_of("status")), ("index_missing", "drift"), to_all=True
     ),
+    "a type's set lost": Fault(
+        lambda one: one.redis.unlink(one.set_of("type")), ("index_missing", "drift"), to_all=True
+    ),
     "a ghost alone in a set": Fault(
         lambda one: one.redis.sadd(f"{one.prefix}sessions:service:{uuid4()}", one.ghost),
         ("index_orphan",),

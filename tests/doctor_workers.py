@@ -100,7 +100,7 @@ def watcher(url: str, namespace: str, rng: random.Random) -> dict[str, Any]:
 
 def naive(url: str, namespace: str, _: random.Random) -> dict[str, Any]:
     """The control: scan, look at the hash, and then remove what seems wrong. On a healthy store."""
-    prefix, removed, looks = f"{{{namespace}}}:", 0, 0
+    prefix, changed, looks = f"{{{namespace}}}:", 0, 0
     statuses = ("starting", "active", "busy", "error", "terminated")
     client: Any = redis.Redis.from_url(url, decode_responses=True)
     while going_on():
@@ -109,11 +109,11 @@ def naive(url: str, namespace: str, _: random.Random) -> dict[str, Any]:
             for own in client.sscan_iter(f"{prefix}sessions:status:{status}"):
                 found = client.hget(f"{prefix}session:{own}", "status")
                 if found != status:
-                    removed += client.srem(f"{prefix}sessions:status:{status}", own)
+                    changed += client.srem(f"{prefix}sessions:status:{status}", own)
                 if found is not None and found != status:
-                    client.sadd(f"{prefix}sessions:status:{found}", own)
+                    changed += client.sadd(f"{prefix}sessions:status:{found}", own)
     client.close()
-    return {"looks": looks, "removed": removed}
+    return {"looks": looks, "changed": changed}
 
 
 class Process:

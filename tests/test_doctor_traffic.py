@@ -46,8 +46,8 @@ def test_a_healthy_store_under_traffic_has_no_problems(server: PrivateServer) ->
                 assert wrong(store.repair()) == []
                 runs += 1
             done = [worker.end() for worker in workers]
-        assert runs >= 5
-        assert sum(sum(one.values()) for one in done) > 300
+        assert runs >= 3
+        assert sum(sum(one.values()) for one in done) > 100
         assert wrong(store.check()) == []
         assert_consistent(world)
     finally:
@@ -66,7 +66,7 @@ def test_the_control_a_naive_repair_tears_healthy_sessions_apart(server: Private
             while not harmed and time.monotonic() < give_up:
                 harmed = wrong(store.check())
             repaired = workers.pop().end()
-        assert repaired["removed"] > 0, "it saw nothing to remove: too little traffic"
+        assert repaired["changed"] > 0, "it saw nothing to repair: too little traffic"
         assert harmed, "removing on what was seen earlier did no harm"
     finally:
         world.close()
