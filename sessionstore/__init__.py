@@ -10,6 +10,8 @@
 from importlib.metadata import PackageNotFoundError, version
 from logging import NullHandler, getLogger
 
+from sessionstore._operation import Outcome
+from sessionstore.batch import AsyncBatch, Batch
 from sessionstore.errors import (
     InvalidArgumentError,
     LeaseLostError,
@@ -35,11 +37,13 @@ from sessionstore.models import (
     Drift,
     Problem,
     Reaped,
+    SessionEvent,
     SessionMetrics,
 )
 from sessionstore.reaper import AsyncReaper, Reaper
 from sessionstore.settings import StoreSettings
 from sessionstore.store import AsyncSessionStore, SessionStore
+from sessionstore.writer import AsyncWriter, Writer
 
 try:
     __version__ = version("sessionstore")
@@ -49,15 +53,19 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 __all__ = [
     "AgentSession",
     "AgentSessionStatus",
+    "AsyncBatch",
     "AsyncLease",
     "AsyncReaper",
     "AsyncSessionStore",
+    "AsyncWriter",
+    "Batch",
     "BufferPage",
     "Drift",
     "InvalidArgumentError",
     "Lease",
     "LeaseLostError",
     "MetadataLimitError",
+    "Outcome",
     "OutcomeUnknownError",
     "Problem",
     "Reaped",
@@ -65,6 +73,7 @@ __all__ = [
     "SchemaMismatchError",
     "ServiceSessionInUseError",
     "SessionBusyError",
+    "SessionEvent",
     "SessionExistsError",
     "SessionMetrics",
     "SessionNotActiveError",
@@ -76,6 +85,7 @@ __all__ = [
     "UnknownSessionTypeError",
     "UnreadableSessionError",
     "UnsafeServerError",
+    "Writer",
     "__version__",
 ]
 

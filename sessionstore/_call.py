@@ -1,8 +1,8 @@
 """A call: one round trip to Redis, as a value.
 
 An operation builds a call and does no I/O; a store carries it out, blocking or awaiting. So each
-operation is written once and serves both. There are three kinds: a ``Call`` runs one Lua script; a
-``Snapshot`` reads a session whole, in one MULTI; ``Several`` asks every partition at once.
+operation is written once and serves both. A ``Call`` runs one Lua script; a ``Snapshot`` reads a
+session whole, in one MULTI; ``Several`` asks every partition at once; ``Together`` is a batch.
 
 A decoder turns Redis's reply into the result, or into the next call where one round trip cannot
 be enough: the next page of a listing.
@@ -14,12 +14,14 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar, cast
 
+from sessionstore.errors import OutcomeUnknownError
+
 T = TypeVar("T")
 U = TypeVar("U")
 C = TypeVar("C")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen, each of them would take 1 µs longer
 class Call(Generic[T]):
     """Run one script.
 
@@ -69,13 +71,29 @@ class Several(Generic[T]):
         return all(call.unopened for call in self.calls)
 
 
-Request: TypeAlias = Call[T] | Snapshot[T] | Several[T]
+@dataclass(frozen=True, slots=True)
+class Together(Generic[T]):
+    """Send requests in one pipeline, each with the lane of its write.
+
+    ``decode`` gets for each its reply, or its error; only a failure of the connection, which is all
+    of theirs, is raised. ``began`` is when the first attempt did, by ``time.monotonic()``.
+    """
+
+    requests: Sequence[tuple[Call[Any] | Snapshot[Any] | Several[Any], Any]]
+    began: float
+    decode: Callable[[list[Any]], T | Request[T]]
+    lane: ClassVar[None] = None
+    unopened: ClassVar[bool] = False
+
+
+Request: TypeAlias = Call[T] | Snapshot[T] | Several[T] | Together[T]
 #: For isinstance.
-REQUESTS = (Call, Snapshot, Several)
+REQUESTS = (Call, Snapshot, Several, Together)
 
 #: Several round trips with logic between them, written once for both stores: a generator that
-#: yields a request and is sent its result, or yields seconds to sleep.
-Steps: TypeAlias = Generator[Request[Any] | float, Any, T]
+#: yields a request and is sent its result, or yields the error of a write whose outcome is unknown
+#: and is sent the result of its repeat, or yields seconds to sleep.
+Steps: TypeAlias = Generator[Request[Any] | OutcomeUnknownError | float, Any, T]
 
 
 def then(request: Request[T], use: Callable[[T], U | Request[U]]) -> Request[U]:
@@ -92,6 +110,8 @@ def then(request: Request[T], use: Callable[[T], U | Request[U]]) -> Request[U]:
         return Snapshot(request.commands, request.instead, decode)
     if isinstance(request, Several):
         return Several(request.calls, decode)
+    if isinstance(request, Together):
+        return Together(request.requests, request.began, decode)
     return Call(request.script, request.keys, request.args, decode, request.lane, request.unopened)
 
 
@@ -157,3 +177,15 @@ class Feed(Generic[T, C]):
             return items if page.cursor is None else then(self.page(page.cursor), more)
 
         return then(self.page(self.first), more)
+
+
+@dataclass(frozen=True, slots=True)
+class Live(Feed[T, C]):
+    """A feed that waits: a page without items is not its end, there may be more later.
+
+    News of it is published on ``channels`` (``lua/include/wake.lua``). ``reached`` tells how far a
+    cursor has come, where news are numbers too: of what lies before, nobody needs to be told.
+    """
+
+    channels: Sequence[str]
+    reached: Callable[[C], int] = lambda _: -1

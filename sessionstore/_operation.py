@@ -1,16 +1,19 @@
-"""``@operation`` and ``@feed``: written once, typed twice.
+"""``@operation`` and ``@feed``: written once, typed for each who carries them out.
 
 The decorated method builds a request, or a feed of pages, and does no I/O. Seen on a
 ``SyncExecutor`` it is a method that returns the result, or an iterator; on an ``AsyncExecutor`` a
-coroutine function, or a function that returns an asynchronous iterator. Type checkers infer both
-from the one definition, and go-to-definition lands on it.
+coroutine function, or a function that returns an asynchronous iterator; on a ``BatchExecutor``,
+which only notes it, a method that returns its outcome to be. Type checkers infer all from the one
+definition, and go-to-definition lands on it.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from types import GenericAlias
 from typing import (
     Any,
     Concatenate,
@@ -22,7 +25,10 @@ from typing import (
     overload,
 )
 
-from sessionstore._call import Call, Feed, Request, Steps
+from sessionstore._call import Call, Feed, Live, Request, Steps
+from sessionstore.errors import SessionStoreError
+
+logger = logging.getLogger("sessionstore")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -44,11 +50,15 @@ class SyncExecutor:
         """Give the items of a feed, page after page."""
         raise NotImplementedError  # each executor has its own
 
+    def follow(self, feed: Live[T, C]) -> Iterator[T]:
+        """Give the items of a feed, and wait for more."""
+        raise NotImplementedError  # each executor has its own
+
 
 class AsyncExecutor:
     """Carries out requests on the event loop."""
 
-    async def execute(self, request: Request[T]) -> T:
+    def execute(self, request: Request[T]) -> Coroutine[Any, Any, T]:
         """Carry out a request and return its result."""
         raise NotImplementedError  # each executor has its own
 
@@ -61,6 +71,76 @@ class AsyncExecutor:
     def drain(self, feed: Feed[T, C]) -> AsyncIterator[T]:
         """Give the items of a feed, page after page."""
         raise NotImplementedError  # each executor has its own
+
+    def follow(self, feed: Live[T, C]) -> AsyncIterator[T]:
+        """Give the items of a feed, and wait for more."""
+        raise NotImplementedError  # each executor has its own
+
+
+class BatchExecutor:
+    """Notes requests, to be carried out together."""
+
+    def note(self, operation: str, request: Request[T]) -> Outcome[T]:
+        """Note a request; what will become of it."""
+        raise NotImplementedError  # the batches have it
+
+
+class Outcome(Generic[T]):
+    """What becomes of one operation of a batch; known once the batch has been sent."""
+
+    def __init__(self, operation: str) -> None:
+        self.operation = operation
+        self._error: Exception | None = None
+        self._result: Any = None
+        self._is_known = self._is_looked_at = False
+
+    def __repr__(self) -> str:
+        error = self._error
+        state = "done" if error is None else f"{type(error).__name__}: {error}"
+        return f"<{self.operation} in a batch: {state if self._is_known else 'not sent yet'}>"
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the batch has been sent, and this operation answered or given up."""
+        return self._is_known
+
+    @property
+    def error(self) -> Exception | None:
+        """What the operation failed with; None if it was carried out.
+
+        Raises:
+            SessionStoreError: the batch has not been sent.
+        """
+        if not self._is_known:
+            raise SessionStoreError(f"the batch with this {self.operation} has not been sent")
+        self._is_looked_at = True
+        return self._error
+
+    def result(self) -> T:
+        """What the operation returns; raises what it raises.
+
+        Raises:
+            SessionStoreError: the batch has not been sent.
+        """
+        if self.error is not None:
+            raise self.error
+        result: T = self._result
+        return result
+
+    def succeed(self, result: T) -> None:
+        """It was carried out."""
+        self._is_known, self._result = True, result
+
+    def fail(self, error: Exception) -> None:
+        """It was refused, or could not be carried out."""
+        self._is_known, self._error = True, error
+
+    def __del__(self) -> None:
+        if self._error is not None and not self._is_looked_at:
+            logger.warning(
+                "%s in a batch failed, and nobody has looked at its outcome: %s",
+                self.operation, self._error,
+            )  # fmt: skip
 
 
 class _Shown:
@@ -100,7 +180,7 @@ class _Shown:
     def _show(
         self,
         method: Any,
-        store: SyncExecutor | AsyncExecutor,
+        store: SyncExecutor | AsyncExecutor | BatchExecutor,
         returns: Callable[[Any], Any] = lambda result: result,
     ) -> None:
         self._dress(method, returns)
@@ -112,11 +192,11 @@ class _Shown:
 def _first_argument(annotation: Any) -> Any:
     """T, of ``Call[T]``, of ``Feed[T, …]``, or of the union ``Request[T]``."""
     first = get_args(annotation)[0]
-    return first if get_origin(annotation) in (Call, Feed) else _first_argument(first)
+    return first if get_origin(annotation) in (Call, Feed, Live) else _first_argument(first)
 
 
 class operation(_Shown, Generic[P, T]):  # noqa: N801  a decorator
-    """Show a builder of requests as a method, blocking or awaitable."""
+    """Show a builder of requests as a method: blocking, awaitable, or noted in a batch."""
 
     def __init__(self, build: Callable[Concatenate[Any, P], Request[T]]) -> None:
         super().__init__(build)
@@ -128,12 +208,16 @@ class operation(_Shown, Generic[P, T]):  # noqa: N801  a decorator
     def __get__(self, store: SyncExecutor, owner: type) -> Callable[P, T]: ...
     @overload
     def __get__(self, store: AsyncExecutor, owner: type) -> Callable[P, Coroutine[Any, Any, T]]: ...
+    @overload
+    def __get__(self, store: BatchExecutor, owner: type) -> Callable[P, Outcome[T]]: ...
     def __get__(
-        self, store: SyncExecutor | AsyncExecutor | None, owner: type
-    ) -> Callable[..., Any] | Callable[P, T] | Callable[P, Coroutine[Any, Any, T]]:
+        self, store: SyncExecutor | AsyncExecutor | BatchExecutor | None, owner: type
+    ) -> Callable[..., Any]:
         if store is None:
             return self._unbound
         build = self.build
+        if isinstance(store, BatchExecutor):
+            return self._noted_by(store)
         bound: Callable[P, T] | Callable[P, Coroutine[Any, Any, T]]
         if isinstance(store, AsyncExecutor):
             run_async = store.execute
@@ -152,6 +236,15 @@ class operation(_Shown, Generic[P, T]):  # noqa: N801  a decorator
         self._show(bound, store)
         return bound
 
+    def _noted_by(self, batch: BatchExecutor) -> Callable[P, Outcome[T]]:
+        build = self.build
+
+        def note(*args: P.args, **kwargs: P.kwargs) -> Outcome[T]:
+            return batch.note(self.__name__, build(batch, *args, **kwargs))
+
+        self._show(note, batch, lambda result: GenericAlias(Outcome, (result,)))
+        return note
+
 
 class feed(_Shown, Generic[P, T]):  # noqa: N801  a decorator
     """Show a builder of feeds as a method that returns an iterator, blocking or asynchronous."""
@@ -167,15 +260,20 @@ class feed(_Shown, Generic[P, T]):  # noqa: N801  a decorator
     @overload
     def __get__(self, store: AsyncExecutor, owner: type) -> Callable[P, AsyncIterator[T]]: ...
     def __get__(
-        self, store: SyncExecutor | AsyncExecutor | None, owner: type
+        self, store: SyncExecutor | AsyncExecutor | BatchExecutor | None, owner: type
     ) -> Callable[..., Any] | Callable[P, Iterator[T]] | Callable[P, AsyncIterator[T]]:
         if store is None:
             return self._unbound
-        build, drain = self.build, store.drain
+        if isinstance(store, BatchExecutor):
+            raise AttributeError(  # noqa: TRY004  it has no such attribute
+                f"a batch does not iterate: call {self.__name__} of the store"
+            )
+        build, drain, follow = self.build, store.drain, store.follow
 
         def iterate(*args: P.args, **kwargs: P.kwargs) -> Any:
             # Built at once, so that a bad argument is refused by the call itself.
-            return drain(build(store, *args, **kwargs))
+            feed = build(store, *args, **kwargs)
+            return follow(feed) if isinstance(feed, Live) else drain(feed)
 
         iterator: Any = AsyncIterator if isinstance(store, AsyncExecutor) else Iterator
         self._show(iterate, store, lambda item: iterator[item])

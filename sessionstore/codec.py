@@ -22,6 +22,7 @@ from sessionstore.models import (
     AgentSession,
     BufferPage,
     Reaped,
+    SessionEvent,
     SessionMetrics,
 )
 
@@ -150,6 +151,29 @@ def buffer_page(cursor: int, reply: Sequence[Any]) -> BufferPage | None:
         lost=max(0, cursor - int(total)),
         ended=text(status) in ENDED_STATUSES and end == int(total),
     )
+
+
+def event(
+    cursor: str, ms: int, fields: Mapping[Any, Any] | Sequence[Any], *, gap: bool
+) -> SessionEvent | None:
+    """A lifecycle event; None, and logged, if somebody else has written it."""
+    try:
+        stored = hash_fields(fields)
+        return SessionEvent(
+            cursor=cursor,
+            at=moment_of_us(ms * 1000),
+            session_id=stored["session_id"],
+            type=stored["type"],
+            event=stored["event"],
+            old_status=stored.get("old_status") or None,
+            status=stored.get("status"),
+            actor=stored.get("actor"),
+            owner=stored.get("owner"),
+            gap=gap,
+        )
+    except (KeyError, ValueError, OverflowError) as error:
+        logger.warning("an event cannot be read (%s): left out", type(error).__name__)
+        return None
 
 
 def metrics(replies: Iterable[Sequence[Any]]) -> SessionMetrics:

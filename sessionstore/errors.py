@@ -23,6 +23,7 @@ raises, it never looks empty.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import socket
@@ -218,6 +219,13 @@ def of_any_server(error: Exception) -> Exception:
     return error if wrapped is None else _UNWRAPPED[wrapped[1]](wrapped[2])
 
 
+def own_copy(error: Exception) -> Exception:
+    """An error for one of several callers who share a failure: each adds to its own."""
+    own = copy.copy(error)
+    own.__cause__ = error
+    return own
+
+
 # Which failures of a connection or a server pass by themselves.
 TRANSIENT: tuple[type[Exception], ...] = (
     ConnectionError,
@@ -226,6 +234,8 @@ TRANSIENT: tuple[type[Exception], ...] = (
     TryAgainError,
     ClusterDownError,
 )
+# An outage of any kind, and a server whose memory is full: who can wait tries again.
+PASSING: tuple[type[Exception], ...] = (OutcomeUnknownError, OutOfMemoryError, *TRANSIENT)
 _NEVER_TRANSIENT = (AuthenticationError, AuthorizationError)
 _NEVER_SENT = (ConnectionRefusedError, FileNotFoundError, socket.gaierror)
 # redis-py's words; what refused the connection is not always among the error's causes.

@@ -23,7 +23,7 @@ from weakref import WeakSet
 from redis.exceptions import RedisError
 
 from sessionstore import arguments as check
-from sessionstore import codec
+from sessionstore import aside, codec
 from sessionstore._call import Call, Request, Steps
 from sessionstore.errors import (
     InvalidArgumentError,
@@ -414,10 +414,14 @@ def _message(error: BaseException, most_bytes: int) -> str:
 
 def call(callback: Callable[[], object]) -> None:
     """Call what was to be told of a lost lease; it must not disturb what found that out."""
-    try:
-        callback()
-    except (Exception, SystemExit):
-        logger.exception("a callback failed that was told of a lost lease")
+
+    def told() -> None:
+        try:
+            callback()
+        except (Exception, SystemExit):
+            logger.exception("a callback failed that was told of a lost lease")
+
+    aside.call(told)
 
 
 _alive: WeakSet[Leases] = WeakSet()

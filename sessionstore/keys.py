@@ -28,6 +28,8 @@ class Keyspace:
         self._partitions = partitions
         #: The one key that is in no partition.
         self.meta = f"{{{namespace}}}:meta"
+        #: What the channel begins with on which a store speaks to itself; no key.
+        self.news = f"{{{namespace}}}:news:"
 
     @cached_property
     def all(self) -> tuple[Keys, ...]:

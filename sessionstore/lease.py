@@ -23,7 +23,6 @@ they share is in ``holding.py``.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import logging
 import threading
 import time
@@ -209,8 +208,8 @@ class ThreadLeases(Leases):
                     logger.warning("leases were not renewed, trying again: %s", error)
 
 
-@atexit.register
-def _at_exit() -> None:
+def give_all_back() -> None:
+    """Release every lease that is held, at the end of the interpreter."""
     for leases in alive():
         if isinstance(leases, ThreadLeases) and leases.held():
             leases.executor.carry(leases.giving_all_back())

@@ -151,7 +151,8 @@ class BufferPage(BaseModel, frozen=True):
     count entries since the session began. ``dropped`` entries between the asked cursor and the
     first chunk had been trimmed away. ``lost`` is 0, or how far the asked cursor lay beyond the
     end: the server has lost writes. ``ended``: the session has ended and this page reaches the
-    end of the buffer.
+    end of the buffer. ``deleted``: the session has been deleted, and ``dropped`` entries with it
+    that had not been read; only what follows a buffer tells that, a single page is an error then.
     """
 
     chunks: tuple[str, ...]
@@ -159,3 +160,26 @@ class BufferPage(BaseModel, frozen=True):
     dropped: int = 0
     lost: int = 0
     ended: bool = False
+    deleted: bool = False
+
+
+class SessionEvent(BaseModel, frozen=True):
+    """Something that has happened to a session, and who did it.
+
+    ``event``: ``created``, ``status_changed``, ``claimed``, ``released``, ``lease_expired`` or
+    ``deleted``; later versions may know others. ``old_status`` and ``status`` are given where they
+    apply, ``owner`` is the worker whose lease began or ended. ``at`` is the server's time.
+    ``cursor`` is where to go on watching, a text to be kept as it is. ``gap``: events between the
+    asked cursor and this one have been trimmed away, or may have been.
+    """
+
+    cursor: str
+    at: datetime
+    session_id: str
+    type: str
+    event: str
+    old_status: str | None = None
+    status: str | None = None
+    actor: str | None = None
+    owner: str | None = None
+    gap: bool = False

@@ -10,11 +10,12 @@ First the twelve methods of the TypeScript original, under their own names; then
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from sessionstore import arguments as check
-from sessionstore import codec, reading
-from sessionstore._call import Call, Feed, Request, Several, one_after_another, then
+from sessionstore import codec, following, reading
+from sessionstore._call import Call, Feed, Live, Request, Several, one_after_another, then
 from sessionstore._operation import feed, operation
 from sessionstore.doctor import Doctor, drift_of
 from sessionstore.errors import SessionNotFoundError
@@ -28,6 +29,7 @@ from sessionstore.models import (
     Drift,
     Problem,
     Reaped,
+    SessionEvent,
     SessionMetrics,
 )
 from sessionstore.settings import StoreSettings
@@ -420,6 +422,50 @@ class SessionOperations:
         """Read a page of a session's error buffer; otherwise as ``read_output``."""
         return self._read_buffer(session_id, "error", cursor, limit)
 
+    @feed
+    def follow_output(self, session_id: str, cursor: int = 0) -> Live[BufferPage, Any]:
+        """Iterate over a session's output as it grows: what is stored, then what comes.
+
+        Each entry comes exactly once, in order. A page says how many entries were ``dropped``
+        before it, for a reader who is slower than the buffer's bounds. The last page has ``ended``:
+        the session has ended and all is read; or it is ``deleted``, and ``dropped`` says how many
+        entries went with it that had not been read.
+
+        All that follow share one connection, which brings news; without it, and now and then
+        anyway, a follower looks for itself. An outage of the store that is longer than a call's
+        deadline raises redis-py's error; go on from the ``cursor`` of the last page.
+
+        Args:
+            session_id: the session.
+            cursor: the position to begin at, as for ``read_output``.
+
+        Raises:
+            SessionNotFoundError: there is no such session, and no event that it was deleted.
+        """
+        return self._follow_buffer(session_id, "output", cursor)
+
+    @feed
+    def follow_errors(self, session_id: str, cursor: int = 0) -> Live[BufferPage, Any]:
+        """Iterate over a session's error buffer as it grows; otherwise as ``follow_output``."""
+        return self._follow_buffer(session_id, "error", cursor)
+
+    @feed
+    def watch(self, cursor: str | None = None) -> Live[SessionEvent, Any]:
+        """Iterate over what happens to sessions, without an end.
+
+        About the newest 10,000 events are kept in each partition. Events of one session come in
+        order.
+
+        Args:
+            cursor: go on after the event that has this ``cursor``; ``"0"`` begins with the oldest
+                event that is kept, None with what happens after the iteration has begun. If events
+                after the cursor have been trimmed away, the next one has ``gap``.
+
+        Raises:
+            InvalidArgumentError: it is no event's cursor, or of another number of partitions.
+        """
+        return following.events(self.keyspace.all, cursor)
+
     @operation
     def update_metadata(self, session_id: str, metadata: Mapping[str, str | None]) -> Call[None]:
         """Set or remove string fields of your own: branch, model, pid, cost …
@@ -566,21 +612,22 @@ class SessionOperations:
         session_id: str,
         chunks: tuple[str | bytes, ...],
     ) -> Call[int]:
-        keys, session_id = self._locate(session_id)
-        buffer = keys.output if script == "add_output" else keys.errors
+        if type(session_id) is not str:  # nothing that a cache could not look up
+            session_id = check.text("session_id", session_id)
+        keys, lane = _appended_to(self.keyspace, script, session_id)
         fence = self._leases.fence_of(session_id)
         return Call(
             script,
-            keys=(keys.session(session_id), buffer(session_id), keys.activity),
-            args=(
+            keys,
+            (
                 session_id,
                 self.settings.buffer_limit,
                 self.settings.buffer_bytes,
                 fence,
                 *check.chunks(chunks, self.redact, self.settings.chunk_limit),
             ),
-            decode=self._leases.guarded(session_id, fence, lambda reply: int(codec.done(reply))),
-            lane=keys.lane,
+            self._leases.guarded(session_id, fence, _total) if fence else _total,
+            lane,
         )
 
     def _read_buffer(
@@ -595,6 +642,12 @@ class SessionOperations:
         check.whole("cursor", cursor, 0)
         check.whole("limit", limit, 1, reading.MOST_ENTRIES)
         return then(reading.buffer_page(keys, session_id, buffer, cursor, limit), found)
+
+    def _follow_buffer(
+        self, session_id: str, buffer: reading.Buffer, cursor: int
+    ) -> Live[BufferPage, Any]:
+        keys, session_id = self._locate(session_id)
+        return following.buffer(keys, session_id, buffer, check.whole("cursor", cursor, 0))
 
     def _listing(
         self,
@@ -623,6 +676,21 @@ class SessionOperations:
 
 def _microseconds(seconds: float | None) -> int | str:
     return "" if seconds is None else round(seconds * 1_000_000)
+
+
+@lru_cache(maxsize=4096)
+def _appended_to(
+    keyspace: Keyspace, script: str, session_id: str
+) -> tuple[tuple[str, ...], Callable[[str], str]]:
+    """The keys of an append and their lane's, kept for sessions that are written to again."""
+    session_id = check.text("session_id", session_id)
+    keys = keyspace.of_session(session_id)
+    buffer = keys.output if script == "add_output" else keys.errors
+    return (keys.session(session_id), buffer(session_id), keys.activity), keys.lane
+
+
+def _total(reply: Any) -> int:
+    return int(codec.done(reply))
 
 
 def _nothing(reply: Any) -> None:

@@ -30,6 +30,7 @@ class SettingsArguments(TypedDict, total=False):
     deadline: float
     max_connections: int
     allow_eviction: bool
+    coalesce: bool
     worker: str
     reap_grace: float
     retention: float | None
@@ -67,6 +68,10 @@ class StoreSettings(BaseModel, frozen=True, extra="forbid"):
     allow_eviction: Annotated[
         bool, Field(description="open a store on a server that may evict any key")
     ] = False
+    coalesce: Annotated[
+        bool,
+        Field(description="asyncio: send calls that are made at the same time in one pipeline"),
+    ] = True
     worker: Annotated[
         str,
         Field(

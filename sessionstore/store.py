@@ -8,9 +8,10 @@ safe: a read changes nothing, and a write carries the token of its lane (``lanes
 from __future__ import annotations
 
 import asyncio
+import atexit
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar, Unpack, cast
 
@@ -18,10 +19,22 @@ import redis
 import redis.asyncio
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 
-from sessionstore import connecting, opening
-from sessionstore._call import REQUESTS, Call, Feed, Request, Several, Snapshot, Steps
+from sessionstore import connecting, lease, opening, writer, writing
+from sessionstore._call import (
+    REQUESTS,
+    Call,
+    Feed,
+    Live,
+    Request,
+    Several,
+    Snapshot,
+    Steps,
+    Together,
+)
 from sessionstore._operation import AsyncExecutor, SyncExecutor
 from sessionstore.attempts import Attempts
+from sessionstore.batch import AsyncBatch, Batch, Sender
+from sessionstore.coalescing import LARGE_REPLIES, Coalescer
 from sessionstore.errors import (
     InvalidArgumentError,
     OutcomeUnknownError,
@@ -31,9 +44,11 @@ from sessionstore.keys import Keyspace
 from sessionstore.lanes import Lane, Lanes
 from sessionstore.lease import DEFAULT_TTL, AsyncClaim, Lease, TaskLeases, ThreadLeases
 from sessionstore.models import AgentSessionStatus
+from sessionstore.news import TaskNews, ThreadNews
 from sessionstore.operations import SessionOperations
-from sessionstore.scripts import Script, load
+from sessionstore.pipelining import Command, Rounds, answer, answers, command, commands
 from sessionstore.settings import SettingsArguments, StoreSettings
+from sessionstore.writer import AsyncWriter, Writer
 
 T = TypeVar("T")
 C = TypeVar("C")
@@ -75,6 +90,7 @@ class _Store(SessionOperations):
         return self._leases.worker
 
     def _attempts(self, request: Request[Any], began: float, *, is_repeat: bool) -> Attempts:
+        is_write = request.lane is not None
         match request:
             case Call():
                 what = request.script
@@ -82,9 +98,21 @@ class _Store(SessionOperations):
                 what = request.calls[0].script
             case Snapshot():
                 what = "get_session"
+            case Together():
+                what, began = "batch", request.began
+                is_write = any(lane for _, lane in request.requests)
         deadline = self.settings.deadline if self._own_client else None
-        is_write = request.lane is not None
         return Attempts(what, deadline, is_write, began, may_have_run=is_repeat)
+
+    def _sender(self) -> Sender:
+        """What a batch needs."""
+        return Sender(
+            operations=self,
+            leases=self._leases,
+            lanes=self._lanes,
+            attempts=lambda request, began: self._attempts(request, began, is_repeat=False),
+            pending=lambda request, lane: Pending(self, request, lane),
+        )
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
@@ -145,6 +173,7 @@ class SessionStore(_Store, SyncExecutor):
         loaded = StoreSettings.load(**settings)
         super().__init__(own_client=client is None, redact=redact, settings=loaded)
         self._leases = ThreadLeases(self, self, loaded.worker)
+        self._news = ThreadNews(lambda: self._client, self.keyspace.news)
         self._client = (
             connecting.connect(connecting.url_from_environment(), loaded)
             if client is None
@@ -204,14 +233,70 @@ class SessionStore(_Store, SyncExecutor):
         lease: Lease = self.execute(claim) if isinstance(claim, Call) else self.carry(claim)
         return lease
 
+    def batch(self) -> Batch:
+        """Note operations and send them in one round trip, in order.
+
+            with store.batch() as batch:
+                added = batch.add_output(session_id, "done")
+                batch.update_status(session_id, "terminated")
+            added.result()
+
+        The batch has the operations of the store; each returns an ``Outcome``, which has the
+        operation's result or error once the ``with`` has been left.
+        """
+        return Batch(self._sender(), self)
+
+    def writer(
+        self,
+        session_id: str,
+        *,
+        errors: bool = False,
+        batch_bytes: int = writing.BATCH_BYTES,
+        interval: float = writing.INTERVAL,
+        max_pending: int = writing.MAX_PENDING,
+        patience: float = writing.PATIENCE,
+    ) -> Writer:
+        """Open a session's output as a text file to write to; nothing is sent yet.
+
+        Use it as ``with store.writer(session_id) as out: print("hello", file=out)``. Each line is
+        an entry, without its newline; a last one without a newline is stored at the close. A line
+        over 64 KiB (or over ``chunk_limit``) is stored in pieces. What is written is sent in the
+        background, in order and once, as by ``add_output``, and under this worker's lease if there
+        is one. What could not be stored is told by a later ``write``, ``flush`` or ``close``: they
+        raise the error of ``add_output``.
+
+        ``store.close()`` closes its writers first, and so does the end of the interpreter.
+
+        Args:
+            session_id: the session.
+            errors: write to its errors instead of its output.
+            batch_bytes: so much is sent at once; bytes of UTF-8, and 16 for each write.
+            interval: seconds that a write waits for others to go with it, at most 60.
+            max_pending: bytes, counted in the same way; a write waits while there are so many to be
+                sent.
+            patience: seconds to go on trying while the store cannot be reached or its memory is
+                full; 0: only for the deadline of one call.
+
+        Raises:
+            InvalidArgumentError: an argument breaks its rule.
+        """
+        self._refuse_if_closed()
+        return Writer(
+            self,
+            writing.backlog(
+                self,
+                session_id,
+                errors=errors,
+                batch_bytes=batch_bytes,
+                interval=interval,
+                max_pending=max_pending,
+                patience=patience,
+            ),
+        )
+
     def execute(self, request: Request[T]) -> T:
         """Carry out a request, and those that follow from it."""
-        result: T | Request[T] = request
-        while isinstance(result, REQUESTS):
-            following: Request[T] = cast("Any", result)
-            lane = None if following.lane is None else self._lanes.take()
-            result = self._carry_out(following, lane)
-        return result
+        return self._carry_out(request, None if request.lane is None else self._lanes.take())
 
     def carry(self, steps: Steps[T]) -> T:
         """Carry out step after step."""
@@ -221,11 +306,14 @@ class SessionStore(_Store, SyncExecutor):
             while True:
                 step = steps.send(value) if failure is None else steps.throw(failure)
                 value, failure = None, None
-                if not isinstance(step, REQUESTS):
+                if isinstance(step, (int, float)):
                     time.sleep(step)
                     continue
                 try:
-                    value = self.execute(step)
+                    if isinstance(step, OutcomeUnknownError):
+                        value = self.repeat(step)
+                    else:
+                        value = self.execute(step)
                 except Exception as error:
                     failure = error
         except StopIteration as end:
@@ -242,63 +330,82 @@ class SessionStore(_Store, SyncExecutor):
             yield from page.items
             cursor = page.cursor
 
-    def _carry_out(
-        self, request: Request[T], lane: Lane | None, *, is_repeat: bool = False
-    ) -> T | Request[T]:
-        began, attempts = time.monotonic(), None
-        try:
+    def follow(self, feed: Live[T, C]) -> Iterator[T]:
+        """Give a feed's items, and wait for news of more."""
+        cursor = feed.first
+        with self._news.listening(feed.channels) as listener:
             while True:
-                try:
-                    if not self._checked and self._must_open(request):
-                        self._open()
-                    reply = self._send(request, lane)
-                    break
-                except RedisError as error:
-                    attempts = attempts or self._attempts(request, began, is_repeat=is_repeat)
-                    time.sleep(attempts.pause_after(error))
-        except BaseException as error:
+                listener.signal.clear()  # before reading: what comes from now on wakes it
+                with self._news.reading:
+                    page = self.execute(feed.page(cursor))
+                yield from page.items
+                if page.cursor is None:
+                    return
+                cursor = page.cursor
+                listener.reached = feed.reached(cursor)
+                if not page.items:
+                    listener.signal.wait(self._news.patience(listener))
+
+    def _carry_out(self, request: Request[T], lane: Lane | None, *, is_repeat: bool = False) -> T:
+        """Send a request until it is answered, and then those that follow from it."""
+        while True:
+            began, attempts = time.monotonic(), None
+            try:
+                while True:
+                    try:
+                        if not self._checked and self._must_open(request):
+                            self._open()
+                        reply = self._send(request, lane)
+                        break
+                    except RedisError as error:
+                        attempts = attempts or self._attempts(request, began, is_repeat=is_repeat)
+                        time.sleep(attempts.pause_after(error))
+            except BaseException as error:
+                if lane is not None:
+                    self._settle(error, request, lane, is_repeat=is_repeat)
+                raise
             if lane is not None:
-                self._settle(error, request, lane, is_repeat=is_repeat)
-            raise
-        if lane is not None:
-            self._lanes.give_back(lane)
-        return request.decode(reply)
+                self._lanes.give_back(lane)
+            result = request.decode(reply)
+            if not isinstance(result, REQUESTS):
+                return result
+            request, is_repeat = cast("Request[T]", result), False
+            lane = None if request.lane is None else self._lanes.take()
 
     def _send(self, request: Request[Any], lane: Lane | None) -> Any:
         if isinstance(request, Call):
-            script, operands = _command(request, lane)
+            one = command(request, lane)
             try:
-                return self._client.execute_command("EVALSHA", script.sha, *operands)
+                return self._client.execute_command(*one.evalsha)
             except NoScriptError:
-                return self._client.execute_command("EVAL", script.text, *operands)
+                return self._client.execute_command(*one.eval)
         if isinstance(request, Several):
-            return self._send_several(request.calls)
+            return answer(request, self._send_pipeline(Rounds(commands(request, None))))
+        if isinstance(request, Together):
+            sent = [commands(*one) for one in request.requests]
+            rounds = Rounds([one for several in sent for one in several], load_first=True)
+            return answers(request.requests, sent, self._send_pipeline(rounds))
         try:
             with self._client.pipeline(transaction=True) as pipe:
-                for command in request.commands:
-                    pipe.execute_command(*command)
+                for words in request.commands:
+                    pipe.execute_command(*words)
                 return pipe.execute()
         except OutOfMemoryError:
             return self._send(request.instead, None)
 
-    def _send_several(self, calls: Sequence[Call[Any]]) -> list[Any]:
-        with self._client.pipeline(transaction=False) as pipe:
-            for call in calls:
-                script, operands = _command(call, None)
-                pipe.execute_command("EVALSHA", script.sha, *operands)
-            replies = pipe.execute(raise_on_error=False)
-        for number, reply in enumerate(replies):
-            if isinstance(reply, NoScriptError):
-                replies[number] = self._send(calls[number], None)
-            elif isinstance(reply, Exception):
-                raise reply
-        return list(replies)
+    def _send_pipeline(self, rounds: Rounds) -> list[Any]:
+        while to_send := rounds.following():
+            with self._client.pipeline(transaction=False) as pipe:
+                for words in to_send:
+                    pipe.execute_command(*words)
+                rounds.take(pipe.execute(raise_on_error=False))
+        return rounds.replies
 
     def _open(self) -> None:
         self._refuse_if_closed()
-        script, operands = _command(opening.open_store(self.keyspace, self.settings), None)
+        opened = command(opening.open_store(self.keyspace, self.settings), None)
         with self._client.pipeline(transaction=False) as pipe:
-            pipe.execute_command("EVAL", script.text, *operands)
+            pipe.execute_command(*opened.eval)
             pipe.execute_command(*opening.INFO)
             self._check_opened(pipe.execute(raise_on_error=False))
 
@@ -314,11 +421,7 @@ class SessionStore(_Store, SyncExecutor):
         """
         pending = self._take_pending(error)
         try:
-            result = self._carry_out(pending.request, pending.lane, is_repeat=True)
-            # What was repeated may be one partition's part of a call.
-            if isinstance(result, REQUESTS):
-                return self.execute(cast("Any", result))
-            return result
+            return self._carry_out(pending.request, pending.lane, is_repeat=True)
         except Exception:
             raise
         except BaseException:
@@ -326,11 +429,25 @@ class SessionStore(_Store, SyncExecutor):
             raise
 
     def close(self) -> None:
-        """Give back the sessions it holds, and close the connections that it has opened."""
+        """Close its writers, give back the sessions it holds, and close its own connections.
+
+        Raises:
+            SessionStoreError: a writer could not store everything; the rest is done all the same.
+            redis.RedisError: the same, of Redis itself.
+        """
+        failure: Exception | None = None
+        for one in writer.closing(self):
+            try:
+                one.close()
+            except Exception as error:
+                failure = failure or error
+        self._news.close()
         self.carry(self._leases.giving_all_back())
         self._closed, self._checked = True, False
         if self._own_client:
             self._client.close()
+        if failure is not None:
+            raise failure
 
     def __enter__(self) -> Self:
         return self
@@ -360,6 +477,15 @@ class AsyncSessionStore(_Store, AsyncExecutor):
             connecting.connect_async(connecting.url_from_environment(), loaded)
             if client is None
             else connecting.accepted_async(client)
+        )
+        self._news = TaskNews(lambda: self._client, self._publish, self.keyspace.news)
+        self._coalescing = (
+            Coalescer(
+                self._client.execute_command,
+                lambda several: self._send_pipeline(Rounds(several)),
+            )
+            if loaded.coalesce and not isinstance(client, redis.asyncio.RedisCluster)
+            else None
         )
 
     @classmethod
@@ -393,15 +519,45 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         """
         return AsyncClaim(self._tasks, self._leases.claiming(session_id, ttl, wait, expected))
 
-    async def execute(self, request: Request[T]) -> T:
+    def batch(self) -> AsyncBatch:
+        """Note operations and send them in one round trip; see ``SessionStore.batch``.
+
+        Use it as ``async with store.batch() as batch:``; within, operations are not awaited.
+        """
+        return AsyncBatch(self._sender(), self)
+
+    def writer(
+        self,
+        session_id: str,
+        *,
+        errors: bool = False,
+        batch_bytes: int = writing.BATCH_BYTES,
+        interval: float = writing.INTERVAL,
+        max_pending: int = writing.MAX_PENDING,
+        patience: float = writing.PATIENCE,
+    ) -> AsyncWriter:
+        """Open a session's output to write to; see ``SessionStore.writer``.
+
+        Use it as ``async with store.writer(session_id) as out: await out.write("hello\\n")``.
+        """
+        self._refuse_if_closed()
+        return AsyncWriter(
+            self,
+            writing.backlog(
+                self,
+                session_id,
+                errors=errors,
+                batch_bytes=batch_bytes,
+                interval=interval,
+                max_pending=max_pending,
+                patience=patience,
+            ),
+        )
+
+    def execute(self, request: Request[T]) -> Coroutine[Any, Any, T]:
         """Carry out a request, and those that follow from it."""
         self._refuse_other_loop()
-        result: T | Request[T] = request
-        while isinstance(result, REQUESTS):
-            following: Request[T] = cast("Any", result)
-            lane = None if following.lane is None else self._lanes.take()
-            result = await self._carry_out(following, lane)
-        return result
+        return self._carry_out(request, None if request.lane is None else self._lanes.take())
 
     def _refuse_other_loop(self) -> None:
         """The loop of the first call is the store's: its connections cannot be used on another."""
@@ -423,11 +579,14 @@ class AsyncSessionStore(_Store, AsyncExecutor):
             while True:
                 step = steps.send(value) if failure is None else steps.throw(failure)
                 value, failure = None, None
-                if not isinstance(step, REQUESTS):
+                if isinstance(step, (int, float)):
                     await asyncio.sleep(step)
                     continue
                 try:
-                    value = await execute(step)
+                    if isinstance(step, OutcomeUnknownError):
+                        value = await self.repeat(step)
+                    else:
+                        value = await execute(step)
                 except Exception as error:
                     failure = error
         except StopIteration as end:
@@ -445,63 +604,104 @@ class AsyncSessionStore(_Store, AsyncExecutor):
                 yield item
             cursor = page.cursor
 
+    async def follow(self, feed: Live[T, C]) -> AsyncIterator[T]:
+        """Give a feed's items, and wait for news of more."""
+        cursor = feed.first
+        async with self._news.listening(feed.channels) as listener:
+            while True:
+                listener.signal.clear()  # before reading: what comes from now on wakes it
+                async with self._reading():
+                    page = await self.execute(feed.page(cursor))
+                for item in page.items:
+                    yield item
+                if page.cursor is None:
+                    return
+                cursor = page.cursor
+                listener.reached = feed.reached(cursor)
+                if not page.items:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(self._news.patience(listener)):
+                            await listener.signal.wait()
+
+    def _reading(self) -> AbstractAsyncContextManager[Any]:
+        """Hundreds of followers need no more connections than a few."""
+        together = self._coalescing is not None and self._checked
+        return nullcontext() if together else self._news.reading
+
     async def _carry_out(
         self, request: Request[T], lane: Lane | None, *, is_repeat: bool = False
-    ) -> T | Request[T]:
-        began, attempts = time.monotonic(), None
-        try:
-            while True:
-                try:
-                    if not self._checked and self._must_open(request):
-                        await self._open()
-                    reply = await self._send(request, lane)
-                    break
-                except RedisError as error:
-                    attempts = attempts or self._attempts(request, began, is_repeat=is_repeat)
-                    await asyncio.sleep(attempts.pause_after(error))
-        except BaseException as error:
-            if lane is not None:
-                self._settle(error, request, lane, is_repeat=is_repeat)
-            raise
-        if lane is not None:
-            self._lanes.give_back(lane)
-        return request.decode(reply)
-
-    async def _send(self, request: Request[Any], lane: Lane | None) -> Any:
-        if isinstance(request, Call):
-            script, operands = _command(request, lane)
+    ) -> T:
+        """Send a request until it is answered, and then those that follow from it."""
+        while True:
+            began, attempts = time.monotonic(), None
             try:
-                return await self._client.execute_command("EVALSHA", script.sha, *operands)
-            except NoScriptError:
-                return await self._client.execute_command("EVAL", script.text, *operands)
+                while True:
+                    try:
+                        if not self._checked and self._must_open(request):
+                            await self._open()
+                        reply = await self._send(request, lane)
+                        break
+                    except RedisError as error:
+                        attempts = attempts or self._attempts(request, began, is_repeat=is_repeat)
+                        await asyncio.sleep(attempts.pause_after(error))
+            except BaseException as error:
+                if lane is not None:
+                    self._settle(error, request, lane, is_repeat=is_repeat)
+                raise
+            if lane is not None:
+                self._lanes.give_back(lane)
+            result = request.decode(reply)
+            if not isinstance(result, REQUESTS):
+                return result
+            request, is_repeat = cast("Request[T]", result), False
+            lane = None if request.lane is None else self._lanes.take()
+
+    def _send(self, request: Request[Any], lane: Lane | None) -> Awaitable[Any]:
+        if isinstance(request, Call):
+            if self._coalescing is None:
+                return self._send_alone(command(request, lane))
+            return self._coalescing.send(
+                command(request, lane).encoded(), has_large_reply=request.script in LARGE_REPLIES
+            )
+        return self._send_several(request)
+
+    async def _send_alone(self, one: Command) -> Any:
+        try:
+            return await self._client.execute_command(*one.evalsha)
+        except NoScriptError:
+            return await self._client.execute_command(*one.eval)
+
+    async def _send_several(self, request: Several[Any] | Together[Any] | Snapshot[Any]) -> Any:
         if isinstance(request, Several):
-            return await self._send_several(request.calls)
+            return answer(request, await self._send_pipeline(Rounds(commands(request, None))))
+        if isinstance(request, Together):
+            sent = [commands(*one) for one in request.requests]
+            rounds = Rounds([one for several in sent for one in several], load_first=True)
+            return answers(request.requests, sent, await self._send_pipeline(rounds))
         try:
             async with self._client.pipeline(transaction=True) as pipe:
-                for command in request.commands:
-                    pipe.execute_command(*command)
+                for words in request.commands:
+                    pipe.execute_command(*words)
                 return await pipe.execute()
         except OutOfMemoryError:
             return await self._send(request.instead, None)
 
-    async def _send_several(self, calls: Sequence[Call[Any]]) -> list[Any]:
-        async with self._client.pipeline(transaction=False) as pipe:
-            for call in calls:
-                script, operands = _command(call, None)
-                pipe.execute_command("EVALSHA", script.sha, *operands)
-            replies = await pipe.execute(raise_on_error=False)
-        for number, reply in enumerate(replies):
-            if isinstance(reply, NoScriptError):
-                replies[number] = await self._send(calls[number], None)
-            elif isinstance(reply, Exception):
-                raise reply
-        return list(replies)
+    async def _send_pipeline(self, rounds: Rounds) -> list[Any]:
+        while to_send := rounds.following():
+            async with self._client.pipeline(transaction=False) as pipe:
+                for words in to_send:
+                    pipe.execute_command(*words)
+                rounds.take(await pipe.execute(raise_on_error=False))
+        return rounds.replies
+
+    async def _publish(self, channel: str) -> None:
+        await self._client.publish(channel, "")
 
     async def _open(self) -> None:
         self._refuse_if_closed()
-        script, operands = _command(opening.open_store(self.keyspace, self.settings), None)
+        opened = command(opening.open_store(self.keyspace, self.settings), None)
         async with self._client.pipeline(transaction=False) as pipe:
-            pipe.execute_command("EVAL", script.text, *operands)
+            pipe.execute_command(*opened.eval)
             pipe.execute_command(*opening.INFO)
             self._check_opened(await pipe.execute(raise_on_error=False))
 
@@ -510,10 +710,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         self._refuse_other_loop()
         pending = self._take_pending(error)
         try:
-            result = await self._carry_out(pending.request, pending.lane, is_repeat=True)
-            if isinstance(result, REQUESTS):
-                return await self.execute(cast("Any", result))
-            return result
+            return await self._carry_out(pending.request, pending.lane, is_repeat=True)
         except Exception:
             raise
         except BaseException:
@@ -521,12 +718,23 @@ class AsyncSessionStore(_Store, AsyncExecutor):
             raise
 
     async def close(self) -> None:
-        """Give back the sessions it holds, and close the connections that it has opened."""
+        """Close its writers, and all that it has opened; see ``SessionStore.close``."""
+        failure: Exception | None = None
+        for one in writer.closing(self):
+            try:
+                await one.close()
+            except Exception as error:
+                failure = failure or error
+        await self._news.aclose()
         await self.carry(self._leases.giving_all_back())
         self._closed, self._checked = True, False
+        if self._coalescing is not None:
+            await self._coalescing.aclose()
         if self._own_client:
             with suppress(RuntimeError):  # redis-py's, if the loop of the store has ended
                 await self._client.aclose()
+        if failure is not None:
+            raise failure
 
     async def __aenter__(self) -> Self:
         return self
@@ -535,9 +743,10 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         await self.close()
 
 
-def _command(call: Call[Any], lane: Lane | None) -> tuple[Script, tuple[str | int, ...]]:
-    """The script, and what follows it in EVALSHA: number of keys, keys, arguments."""
-    if lane is None or call.lane is None:
-        return load(call.script), (len(call.keys), *call.keys, *call.args)
-    keys = (call.lane(lane.name), *call.keys)
-    return load(call.script), (len(keys), *keys, lane.sequence, *call.args)
+@atexit.register
+def _at_exit() -> None:
+    """Writers first: what they have yet to send needs the leases."""
+    try:
+        writer.close_all()
+    finally:
+        lease.give_all_back()

@@ -25,7 +25,8 @@ import pytest
 import redis
 from rawkeys import RawKeys
 
-from sessionstore import AsyncLease, AsyncSessionStore, SessionStore
+import sessionstore.news
+from sessionstore import AsyncLease, AsyncSessionStore, AsyncWriter, SessionStore
 from sessionstore._server import PrivateServer, ServerNotFoundError, ServerProgram, find_program
 from sessionstore.lease import AsyncClaim
 
@@ -108,12 +109,14 @@ def own_server(request: pytest.FixtureRequest) -> Iterator[PrivateServer]:
 
 
 class Awaiting:
-    """An async store, or a lease of it, whose coroutine functions are run to their end at once.
+    """An async store, a lease or a writer of it, whose coroutine functions are run to their end.
 
     Its tasks go on only while something is run: see ``World.sleep``.
     """
 
-    def __init__(self, store: AsyncSessionStore | AsyncLease, runner: asyncio.Runner) -> None:
+    def __init__(
+        self, store: AsyncSessionStore | AsyncLease | AsyncWriter, runner: asyncio.Runner
+    ) -> None:
         self.store = store
         self._runner = runner
 
@@ -128,6 +131,8 @@ class Awaiting:
     def _blocking(self, result: Any) -> Any:
         if isinstance(result, AsyncClaim):
             return Awaiting(self._runner.run(_awaited(result)), self._runner)
+        if isinstance(result, AsyncWriter):
+            return Awaiting(result, self._runner)
         return self._iterate(result) if isinstance(result, AsyncIterator) else result
 
     def _iterate(self, iterator: AsyncIterator[Any]) -> Iterator[Any]:
@@ -241,3 +246,17 @@ def world(
 def store(world: World) -> Any:
     """A store with default settings in that world."""
     return world.store()
+
+
+@pytest.fixture
+def only_news(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A follower that looks for itself too late for any test: what wakes it is news.
+
+    But on fakeredis a blocking client of another thread does not wake the event loop.
+    """
+    if "world" in request.fixturenames:
+        world: World = request.getfixturevalue("world")
+        if (world.style, world.target) == ("async", FAKEREDIS):
+            return
+    monkeypatch.setattr(sessionstore.news, "LOOKS_SELDOM", 600.0)
+    monkeypatch.setattr(sessionstore.news, "LOOKS_OFTEN", 600.0)

@@ -49,6 +49,9 @@ GOOD: dict[str, dict[str, Any]] = {
     "iter_sessions": {},
     "read_output": {"session_id": ID},
     "read_errors": {"session_id": ID},
+    "follow_output": {"session_id": ID},
+    "follow_errors": {"session_id": ID},
+    "watch": {},
     "update_metadata": {"session_id": ID, "metadata": {"branch": "main"}},
     "reap": {},
     "ping": {},
@@ -176,6 +179,7 @@ ORDER = [
 ]
 
 _READ = {"session_id": ID_TEXT, "cursor": CURSOR, "limit": PAGE}
+_FOLLOW = {"session_id": ID_TEXT, "cursor": CURSOR}
 _APPEND = {"session_id": ID_TEXT, "chunks": CHUNKS}
 
 #: method → argument → (bad value, what the message says)
@@ -224,6 +228,18 @@ BAD: dict[str, dict[str, list[tuple[Any, str]]]] = {
     },
     "read_output": _READ,
     "read_errors": _READ,
+    "follow_output": _FOLLOW,
+    "follow_errors": _FOLLOW,
+    "watch": {
+        "cursor": [
+            (0, "must be a str, not int"),
+            ("", "is not an event's"),
+            ("yesterday", "is not an event's"),
+            ("1-2-3", "is not an event's"),
+            ("99999999999999999999-0", "is not an event's"),
+            ("1-1,2-2", "is of a store with 2 partitions, this one has 1"),
+        ]
+    },
     "update_metadata": {
         "session_id": ID_TEXT,
         "metadata": [*METADATA, (None, "must be a mapping")],

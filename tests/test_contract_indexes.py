@@ -198,7 +198,9 @@ def test_a_session_leaves_its_life_in_the_events(world: Any, store: Any) -> None
         {"event": "created", "status": "starting"} | common,
         {"event": "status_changed", "old_status": "starting", "status": "active"} | common,
         {"event": "status_changed", "old_status": "active", "status": "terminated"} | common,
-        {"event": "deleted", "old_status": "terminated"} | common,
+        {"event": "deleted", "old_status": "terminated"}
+        | {"output_total": "0", "error_total": "0"}
+        | common,
     ]
 
 

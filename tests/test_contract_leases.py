@@ -30,7 +30,7 @@ from faults import Fault, FaultyWorld
 from moments import abandon, everything, expire_lease, now_us
 from rawkeys import RawKeys
 
-import sessionstore.store
+import sessionstore.pipelining
 from sessionstore import (
     AsyncSessionStore,
     LeaseLostError,
@@ -438,7 +438,7 @@ def test_without_the_fence_a_stale_write_lands(
     world: World, store: Any, other: Any, session_id: str, name: str, monkeypatch: Any
 ) -> None:
     """The control of the test before it."""
-    monkeypatch.setattr(sessionstore.store, "load", unfenced)
+    monkeypatch.setattr(sessionstore.pipelining, "load", unfenced)
     store.claim(session_id, ttl=TTL)
     take_over(world, other, session_id)
     before = everything(world)
@@ -1249,7 +1249,7 @@ def test_what_a_release_forgets_is_noticed(
         return Script(text, sha1(text.encode()).hexdigest())
 
     assert without("update_status").text != load("update_status").text
-    monkeypatch.setattr(sessionstore.store, "load", without)
+    monkeypatch.setattr(sessionstore.pipelining, "load", without)
 
     assert turns_leave(real_sync, 1) != {}
 

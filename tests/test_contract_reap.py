@@ -22,8 +22,8 @@ from consistency import assert_consistent, microseconds
 from faults import FaultyWorld
 from moments import abandon, be_ended, be_idle, everything, expire_lease, iso, mark, now_us
 
+import sessionstore.pipelining
 import sessionstore.reaper
-import sessionstore.store
 from sessionstore import (
     AsyncReaper,
     LeaseLostError,
@@ -131,7 +131,7 @@ def test_without_the_grace_period_two_passes_at_once_end_a_session(
 ) -> None:
     """The control of the test before it."""
     naive = altered("reap", "age_ms >= grace_ms and", "")
-    monkeypatch.setattr(sessionstore.store, "load", naive)
+    monkeypatch.setattr(sessionstore.pipelining, "load", naive)
     lose(world, worker, session_id)
     store.reap()
 
@@ -230,7 +230,7 @@ def test_without_the_upper_bound_an_old_mark_ends_a_session(
 ) -> None:
     """The control of the test before it."""
     naive = altered("reap", "or age_ms > 3 * grace_ms", "")
-    monkeypatch.setattr(sessionstore.store, "load", naive)
+    monkeypatch.setattr(sessionstore.pipelining, "load", naive)
     lose(world, worker, session_id)
     mark(world, session_id, 86_400)
 
@@ -501,7 +501,7 @@ def test_without_the_place_to_go_on_from_a_long_head_starves_others(
 ) -> None:
     """The control of the test before it."""
     monkeypatch.setattr(
-        sessionstore.store, "load", altered("reap", "redis.call('SET', place, candidate)", "")
+        sessionstore.pipelining, "load", altered("reap", "redis.call('SET', place, candidate)", "")
     )
     store = real.store()
     crowd(real, store, real.store(worker="worker"))
@@ -601,6 +601,8 @@ def test_a_deletion_is_told_in_the_events(world: World, store: Any) -> None:
         "type": "codex",
         "actor": store.worker,
         "old_status": "error",
+        "output_total": "1",
+        "error_total": "1",
     }
 
 

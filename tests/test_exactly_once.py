@@ -28,7 +28,7 @@ from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
 import sessionstore.lanes
-import sessionstore.store
+import sessionstore.pipelining
 from sessionstore import (
     AgentSession,
     InvalidArgumentError,
@@ -446,7 +446,7 @@ def test_a_write_whose_reply_is_lost_is_applied_once_and_answered_as_it_ran(
 def test_without_the_guard_a_lost_reply_is_noticed_in_every_case(
     server: PrivateServer, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessionstore.store, "load", unguarded)
+    monkeypatch.setattr(sessionstore.pipelining, "load", unguarded)
     world = FaultyWorld("sync", server)
     try:
         observed = lose_the_reply(world, case, Fault.LOSE_REPLY)
@@ -543,7 +543,7 @@ def test_a_late_duplicate_changes_nothing(world: FaultyWorld, case: Case) -> Non
 def test_without_the_guard_a_late_duplicate_is_noticed_in_every_case(
     server: PrivateServer, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessionstore.store, "load", unguarded)
+    monkeypatch.setattr(sessionstore.pipelining, "load", unguarded)
     world = FaultyWorld("sync", server)
     try:
         _, changes = deliver_late(world, case)
@@ -655,7 +655,7 @@ def test_claims_through_a_client_with_hidden_retries_happen_once(world: FaultyWo
 def test_without_the_guard_claims_at_random_faults_go_wrong(
     server: PrivateServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessionstore.store, "load", unguarded)
+    monkeypatch.setattr(sessionstore.pipelining, "load", unguarded)
     world = FaultyWorld("sync", server)
 
     def take_turns() -> None:

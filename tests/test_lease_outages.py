@@ -26,7 +26,7 @@ from rawkeys import RawKeys
 from redis.exceptions import RedisError
 from waiting import until
 
-import sessionstore.store
+import sessionstore.pipelining
 from sessionstore import (
     LeaseLostError,
     OutcomeUnknownError,
@@ -157,7 +157,7 @@ def insist(log: Log, store: SessionStore, write: Callable[[], object]) -> None:
 
 def reap_for_ever(url: str, settings: Any, every: float, number: int, hasty: bool) -> None:
     if hasty:
-        sessionstore.store.load = ending_at_once
+        sessionstore.pipelining.load = ending_at_once
     log = Log(f"reaper-{number}")
     store = SessionStore.from_url(url, **settings)
     with Reaper(store, every=every, on_reaped=lambda one: log.write(one.action, one.session_id)):

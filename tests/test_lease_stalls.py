@@ -20,7 +20,7 @@ from conftest import SERVERS, World
 from consistency import assert_consistent
 from lease_workers import Gate, Log, fork, lines_of, main, play, seeded, wait_for
 
-import sessionstore.store
+import sessionstore.pipelining
 from sessionstore import LeaseLostError, SessionStore
 from sessionstore.scripts import Script, load
 
@@ -95,7 +95,7 @@ def write_on_and_on(
 ) -> None:
     """Write until it is over; it is, some attempts after another has written."""
     if unfenced:
-        sessionstore.store.load = without_fence
+        sessionstore.pipelining.load = without_fence
     store = SessionStore.from_url(url, namespace=namespace, worker=f"first-{number}")
     log = Log(f"worker-{number}")
     gate.wait()

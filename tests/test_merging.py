@@ -20,7 +20,7 @@ from consistency import ENDED, INDEXED
 from faults import seeded
 from shelf import ORDERS, Shelf, ids
 
-import sessionstore.store
+import sessionstore.pipelining
 from sessionstore import listing, scripts
 from sessionstore._call import Page
 from sessionstore.models import STATUSES
@@ -49,7 +49,7 @@ class Bounds:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._set = monkeypatch.setattr
         self._in_lua: dict[str, tuple[int, int]] = {}
-        self._set(sessionstore.store, "load", self._load)
+        self._set(sessionstore.pipelining, "load", self._load)
 
     def draw(self, rng: random.Random) -> None:
         self._set(listing, "PAGE_ROWS", rng.randint(1, 25))

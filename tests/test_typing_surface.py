@@ -24,9 +24,11 @@ from sessionstore import (
     AsyncLease,
     AsyncReaper,
     AsyncSessionStore,
+    AsyncWriter,
     Lease,
     Reaper,
     SessionStore,
+    Writer,
 )
 from sessionstore._operation import operation
 from sessionstore.operations import SessionOperations
@@ -130,11 +132,16 @@ def test_every_method_is_documented_wherever_it_is_looked_up(
     assert getattr(store, name).__name__ == name
 
 
-@pytest.mark.parametrize("shown", [one for pair in PAIRS for one in pair])
+@pytest.mark.parametrize("shown", [one for pair in PAIRS for one in pair] + [Writer, AsyncWriter])
 def test_everything_public_is_documented(shown: type[Any]) -> None:
     undocumented = [name for name in public(shown) if not getattr(shown, name).__doc__]
     assert undocumented == []
     assert shown.__doc__
+
+
+def test_a_blocking_writer_has_whatever_an_awaited_one_has() -> None:
+    """And what else a text file has."""
+    assert public(AsyncWriter) < public(Writer)
 
 
 @pytest.mark.parametrize(("blocking", "awaited"), PAIRS)

@@ -8,7 +8,11 @@ with the name of its error: both checkers report an ignore that is not needed.
 
 from __future__ import annotations
 
+import logging
+import shutil
+import subprocess
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import redirect_stdout
 from datetime import datetime
 from typing import Any, Literal, assert_type
 
@@ -21,6 +25,7 @@ from sessionstore import (
     AsyncLease,
     AsyncReaper,
     AsyncSessionStore,
+    AsyncWriter,
     BufferPage,
     Drift,
     InvalidArgumentError,
@@ -37,6 +42,7 @@ from sessionstore import (
     SessionStore,
     SessionStoreError,
     StoreSettings,
+    Writer,
 )
 from sessionstore.testing import MemoryServer, async_memory_store, memory_store
 
@@ -199,6 +205,40 @@ async def leases_async(store: AsyncSessionStore) -> None:
     await store.update_status("id", "active", force=True)
 
 
+def writers(store: SessionStore, process: subprocess.Popen[bytes]) -> None:
+    with store.writer("id") as entered:
+        assert_type(entered, Writer)
+    out = store.writer(
+        "id", errors=True, batch_bytes=1000, interval=0.5, max_pending=10_000, patience=5
+    )
+    assert_type(out, Writer)
+    assert_type(out.write("text"), int)
+    assert_type(out.write(b"bytes"), int)
+    print("line", 5, file=out)
+    logging.StreamHandler(out)
+    assert process.stdout is not None
+    shutil.copyfileobj(process.stdout, out.buffer)
+    with redirect_stdout(out):
+        print("line")
+    assert_type(out.flush(), None)
+    assert_type(out.close(), None)
+    assert_type(out.closed, bool)
+    assert_type(out.session_id, str)
+
+
+async def writers_async(store: AsyncSessionStore) -> None:
+    async with store.writer("id", errors=True) as entered:
+        assert_type(entered, AsyncWriter)
+    out = store.writer("id", interval=0)
+    assert_type(out, AsyncWriter)
+    assert_type(await out.write("text"), int)
+    assert_type(await out.write(b"bytes"), int)
+    assert_type(await out.writelines(["a\n", "b\n"]), None)
+    assert_type(await out.flush(), None)
+    assert_type(await out.close(), None)
+    assert_type(out.closed, bool)
+
+
 def reaping(store: SessionStore, told: Reaped) -> None:
     assert_type(store.reap(), list[Reaped])
     store.reap(idle_for=60, ended_for=86400.5, limit=10, dry_run=True)
@@ -320,6 +360,8 @@ def refused(store: SessionStore, url: str) -> None:
     store.reap(60)  # type: ignore[call-arg]
     store.delete_session("id", True)  # type: ignore[call-arg]
     store.repair("id")  # type: ignore[call-arg]
+    store.writer("id", True)  # type: ignore[call-arg]
+    store.writer("id").write(5)  # type: ignore[arg-type]
 
 
 async def refused_async(store: AsyncSessionStore, client: redis.Redis) -> None:
@@ -337,4 +379,7 @@ async def refused_async(store: AsyncSessionStore, client: redis.Redis) -> None:
         pass
     lease: AsyncLease = store.claim("id")  # type: ignore[assignment]
     lease.release()  # type: ignore[unused-coroutine]
+    store.writer("id").write("text")  # type: ignore[unused-coroutine]
+    with store.writer("id"):  # type: ignore[attr-defined]
+        pass
     print(session)

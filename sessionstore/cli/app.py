@@ -1,6 +1,7 @@
 """The command line as a whole: its options, its commands, and what becomes of errors.
 
-Typer reads the arguments; what the commands do is in ``look``, ``reap``, ``run`` and ``demo``.
+Typer reads the arguments; what the commands do is in ``look``, ``events``, ``reap``, ``run`` and
+``demo``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import typer
 from sessionstore import SessionNotActiveError, __version__
 from sessionstore.cli import failures, look, terminal
 from sessionstore.cli.doctor import doctor
+from sessionstore.cli.events import events
 from sessionstore.cli.failures import CommandError
 from sessionstore.cli.options import (
     GlobalOptions,
@@ -257,6 +259,7 @@ def _name_and_value(text: str) -> tuple[str, str]:
 app.command("ls")(look.list_sessions)
 app.command("show")(look.show)
 app.command("logs")(look.logs)
+app.command("events")(events)
 app.command("metrics")(look.metrics)
 app.command("rm")(look.remove)
 app.command("reap")(reap)

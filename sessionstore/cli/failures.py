@@ -22,7 +22,13 @@ from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from redis.exceptions import AuthenticationError, ConnectionError, RedisError, TimeoutError
+from redis.exceptions import (
+    AuthenticationError,
+    ConnectionError,
+    OutOfMemoryError,
+    RedisError,
+    TimeoutError,
+)
 
 from sessionstore._server import ServerNotFoundError
 from sessionstore.cli import terminal
@@ -31,6 +37,7 @@ from sessionstore.errors import (
     OutcomeUnknownError,
     SessionNotFoundError,
     SessionStoreError,
+    is_transient,
 )
 
 FAILURE = 1
@@ -103,6 +110,13 @@ def _usage(error: Any) -> tuple[int, str] | None:
     if context is not None:
         message = f"{context.get_usage()}\nTry '{context.command_path} --help'.\n\n{message}"
     return int(error.exit_code), terminal.lines(message)
+
+
+def passes(error: Exception) -> bool:
+    """Whether the same may well succeed later: an outage, a server whose memory is full."""
+    cause = error.__cause__ if isinstance(error, CommandError) else error
+    passing = (OutcomeUnknownError, OutOfMemoryError)
+    return cause is not None and (isinstance(cause, passing) or is_transient(cause))
 
 
 def _discard_output() -> None:

@@ -6,9 +6,8 @@ names of the TypeScript original.
 
 from __future__ import annotations
 
-import select
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from typing import Annotated, Any, cast
 
@@ -17,10 +16,10 @@ import typer
 from sessionstore import (
     AgentSession,
     AgentSessionStatus,
+    BufferPage,
     SessionBusyError,
-    SessionNotFoundError,
 )
-from sessionstore.cli import failures, terminal
+from sessionstore.cli import failures, following, terminal
 from sessionstore.cli.failures import note
 from sessionstore.cli.options import (
     Json,
@@ -28,12 +27,12 @@ from sessionstore.cli.options import (
     SessionId,
     Timeout,
     Url,
+    named_url,
     on_terminal,
     opened_store,
     write,
 )
 
-_POLL_SECONDS = 0.25
 _PAGE = 1000
 
 
@@ -215,25 +214,40 @@ def logs(
         session = store.get_session(session_id, tail=0)
         total = session.error_total if errors else session.output_total
         cursor = 0 if tail is None else max(0, total - tail)
-        read = store.read_errors if errors else store.read_output
-        while follow or cursor < total:
-            try:
-                page = read(session_id, cursor, _PAGE if follow else min(_PAGE, total - cursor))
-            except SessionNotFoundError:
-                if not follow:
-                    raise
-                note("… the session was deleted …")
-                return
+        if follow:
+            following.end_with_the_reader()
+            live = store.follow_errors if errors else store.follow_output
+            pages = following.through_outages(
+                lambda place: live(session_id, place),
+                cursor,
+                lambda page: page.cursor,
+                named_url(context, url),
+                store.settings.deadline,
+            )
+        else:
+            pages = _stored(
+                store.read_errors if errors else store.read_output, session_id, cursor, total
+            )
+        for page in pages:
             if page.dropped:
                 note(f"… {_lines(page.dropped)} dropped …")
             if page.lost:
                 note(f"… the server has lost {_lines(page.lost)} …")
             _write_entries(page.chunks, page.cursor - len(page.chunks), json=json, raw=raw)
-            cursor = page.cursor
-            if page.ended or not (follow or page.chunks):
-                return
-            if not page.chunks:
-                _wait(_POLL_SECONDS)
+            if page.deleted:
+                note("… the session was deleted …")
+
+
+def _stored(
+    read: Callable[[str, int, int], BufferPage], session_id: str, cursor: int, total: int
+) -> Iterator[BufferPage]:
+    """What is there already, a page at a time."""
+    while cursor < total:
+        page = read(session_id, cursor, min(_PAGE, total - cursor))
+        yield page
+        if page.ended or not page.chunks:
+            return
+        cursor = page.cursor
 
 
 def _lines(number: int) -> str:
@@ -252,14 +266,6 @@ def _write_entries(entries: Sequence[str], position: int, *, json: bool, raw: bo
         for entry in entries:
             write(terminal.lines(entry).removesuffix("\n"))
     sys.stdout.flush()
-
-
-def _wait(seconds: float) -> None:
-    """Wait, but not after the last reader of stdout has gone: a quiet session would not tell."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    if any(event & select.POLLERR for _, event in poll.poll(seconds * 1000)):
-        raise BrokenPipeError
 
 
 def metrics(

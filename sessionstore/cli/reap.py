@@ -16,9 +16,8 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
-from redis.exceptions import OutOfMemoryError
 
-from sessionstore import OutcomeUnknownError, Reaped, SessionStore
+from sessionstore import Reaped, SessionStore
 from sessionstore.cli import failures, terminal
 from sessionstore.cli.failures import note
 from sessionstore.cli.options import (
@@ -31,7 +30,6 @@ from sessionstore.cli.options import (
     opened_store,
     write,
 )
-from sessionstore.errors import is_transient
 from sessionstore.operations import MOST_REAPED
 from sessionstore.reaper import LOOK_AGAIN
 
@@ -144,7 +142,7 @@ def _again_and_again(
                 with failures.naming_the_server(url, store.settings.deadline):
                     reaped = store.reap(**arguments)
             except Exception as error:
-                if not _passes(error):
+                if not failures.passes(error):
                     raise
                 if not in_outage:
                     note(f"{error}; going on")
@@ -157,13 +155,6 @@ def _again_and_again(
                 if not arguments["dry_run"] and reaped:
                     pause = min(pause, LOOK_AGAIN * store.settings.reap_grace)
             stopping.wait(pause)
-
-
-def _passes(error: Exception) -> bool:
-    """Whether a later pass may well succeed."""
-    cause = error.__cause__ if isinstance(error, failures.CommandError) else error
-    passing = (OutcomeUnknownError, OutOfMemoryError)
-    return cause is not None and (isinstance(cause, passing) or is_transient(cause))
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """``sessionstore run``: one command as one session.
 
 The command's stdout and stderr are pipes. A thread each passes the bytes through at once and
-stores them as entries, line by line as they appear. The command is the main thing: an outage of
-the store holds its output up for a while, it does not end it.
+writes them to the session (``writer.py``), line by line as they appear. The command is the main
+thing: an outage of the store holds its output up for a while, it does not end it.
 
 The session is claimed for as long as the command runs. A lease that cannot be renewed in an outage
 is this worker's still; one that others have ended is lost, and then the command is stopped: two
@@ -25,8 +25,6 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
-from redis.exceptions import OutOfMemoryError
-
 from sessionstore import (
     AgentSessionStatus,
     InvalidArgumentError,
@@ -37,14 +35,14 @@ from sessionstore import (
     SessionNotFoundError,
     SessionStore,
     SessionStoreError,
+    Writer,
 )
 from sessionstore import arguments as check
-from sessionstore.arguments import MAX_CHUNKS, MAX_METADATA_BYTES, MAX_METADATA_NAMES
+from sessionstore.arguments import MAX_METADATA_BYTES, MAX_METADATA_NAMES
 from sessionstore.cli.failures import LEASE_LOST
-from sessionstore.errors import TRANSIENT
+from sessionstore.errors import PASSING
 from sessionstore.holding import LONGEST_TTL, SHORTEST_TTL
 from sessionstore.lease import DEFAULT_TTL
-from sessionstore.lines import LineSplitter
 
 PATIENCE = 60.0  # seconds that output waits for an unreachable store before it goes unrecorded
 LINGER = 2.0  # seconds without output after which a background process's pipe is left behind
@@ -68,8 +66,6 @@ FORMER_METADATA = ("pid", "exit_code", "signal")
 OWN_METADATA = ("command", "host", *FORMER_METADATA)
 #: What a session may be to be continued.
 CONTINUED: tuple[AgentSessionStatus, ...] = ("active", "error", "starting")
-# An outage, and a server whose memory is full for a while.
-PASSING: tuple[type[Exception], ...] = (OutcomeUnknownError, OutOfMemoryError, *TRANSIENT)
 # The session is in other hands, or gone.
 LOST = (LeaseLostError, SessionBusyError, SessionNotFoundError)
 
@@ -196,7 +192,9 @@ def _not_started(
     """Say in the session and on stderr why a command did not start; its exit code."""
     message = f"{program}: {getattr(error, 'strerror', None) or error}"
     code = NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
-    recorder.add(recorder.store.add_error, [message])
+    errors = recorder.writer(errors=True)
+    recorder.write(errors.write, message)
+    recorder.close_writer(errors)
     pass_on(STDERR, f"sessionstore: {message}\n".encode())
     recorder.finish(code)
     return code
@@ -206,12 +204,12 @@ def _accompany(
     process: subprocess.Popen[bytes], recorder: _Recorder, pass_on: Callable[[int, bytes], None]
 ) -> int:
     """Carry a command's output until it has ended; its return code."""
-    store = recorder.store
     pumps = [
-        _Pump(process.stdout, STDOUT, recorder, store.add_output, pass_on),
-        _Pump(process.stderr, STDERR, recorder, store.add_error, pass_on),
+        _Pump(process.stdout, STDOUT, recorder, pass_on),
+        _Pump(process.stderr, STDERR, recorder, pass_on),
     ]
-    recorder.call(store.update_metadata, recorder.session_id, {"pid": str(process.pid)})
+    pid = {"pid": str(process.pid)}
+    recorder.call(recorder.store.update_metadata, recorder.session_id, pid)
     code = process.wait()
     give_up_at = time.monotonic() + LONGEST_LINGER
     for pump in pumps:
@@ -292,23 +290,44 @@ class _Recorder:
         self.session_id = lease.session_id
         self.loss = _Loss(lease)
         self._lease = lease
-        self._longest = store.settings.chunk_limit
         self._given_up = False
         self._closed = False
 
-    def add(self, append: Callable[..., int], entries: Sequence[str]) -> None:
-        """Store entries; ``append`` is ``add_output`` or ``add_error``."""
-        fitting = [piece for entry in entries for piece in _pieces(entry, self._longest)]
-        for first in range(0, len(fitting), MAX_CHUNKS):
-            self.call(append, self.session_id, *fitting[first : first + MAX_CHUNKS])
+    def writer(self, *, errors: bool) -> Writer:
+        """A writer to the session's output or errors, to be written to by ``write``."""
+        return self.store.writer(self.session_id, errors=errors, patience=PATIENCE)
+
+    def write(self, operation: Callable[..., object], *arguments: Any) -> None:
+        """Carry out an operation of a writer; not at all once the output was given up."""
+        if self._given_up or self.loss.is_found or self._closed:
+            return
+        try:
+            operation(*arguments)
+        except LOST as error:
+            if not self._closed:
+                self.loss.find(error)
+        except PASSING as error:
+            self._give_up(_too_long(error))
+        except Exception as error:
+            self._give_up(f"the store refuses ({error})")
+
+    def close_writer(self, writer: Writer) -> None:
+        """Have everything stored."""
+        self.write(writer.close)
+        with suppress(Exception):  # told already; else it is closed
+            writer.close()
 
     def call(self, operation: Callable[..., Any], *arguments: Any) -> None:
         """Carry out one write, patiently; not at all once the output was given up."""
         if not self._given_up:
             failure = self._try(PATIENCE, operation, *arguments)
             if failure is not None:
-                self._given_up = True
-                _say(f"{failure}: the command goes on, unrecorded")
+                self._give_up(failure)
+
+    def _give_up(self, failure: str) -> None:
+        if not self._given_up:
+            self._given_up = True
+            _say(f"{failure}: the command goes on, unrecorded")
 
     def finish(self, code: int) -> None:
         """Say how the command ended; the status ends the lease.
@@ -355,10 +374,10 @@ class _Recorder:
                 if isinstance(error, OutcomeUnknownError):
                     unknown = error
                 if time.monotonic() > give_up_at:
-                    return f"the store took nothing for {patience:.0f} s ({error})"
+                    return _too_long(error)
                 if not told:
                     told = True
-                    _say(f"the store takes nothing now ({error}), output waits for it")
+                    _say(f"the store takes nothing now ({error}), the session waits for it")
                 time.sleep(0.2)
             except Exception as error:
                 return f"the store refuses ({error})"
@@ -373,13 +392,12 @@ class _Pump:
         source: Any,
         descriptor: int,
         recorder: _Recorder,
-        append: Callable[..., int],
         pass_on: Callable[[int, bytes], None],
     ) -> None:
         self._source = source
         self._descriptor = descriptor
         self._recorder = recorder
-        self._append = append
+        self._writer = recorder.writer(errors=descriptor == STDERR)
         self._pass_on = pass_on
         self._last_data = time.monotonic()
         self._busy = False
@@ -388,7 +406,6 @@ class _Pump:
         self._thread.start()
 
     def _carry(self) -> None:
-        splitter = LineSplitter()
         while (data := os.read(self._source.fileno(), READ_SIZE)) and not self._abandoned:
             self._busy = True
             reader_left = False
@@ -396,15 +413,22 @@ class _Pump:
                 self._pass_on(self._descriptor, data)
             except OSError:
                 reader_left = True
-            self._recorder.add(self._append, splitter.feed(data))
+            self._recorder.write(self._write, data)
             if reader_left:
                 break  # and close the pipe: the command learns of it as in any pipeline
             self._last_data = time.monotonic()
             self._busy = False
         self._busy = True
         if not self._abandoned:
-            self._recorder.add(self._append, splitter.close())
+            self._recorder.close_writer(self._writer)
             self._source.close()
+
+    def _write(self, data: bytes) -> None:
+        try:
+            self._writer.write(data)
+        except ValueError:
+            if not self._abandoned:  # else it was closed
+                raise
 
     def wait(self, give_up_at: float) -> None:
         """Wait for the end of the stream, once the command has ended.
@@ -420,6 +444,7 @@ class _Pump:
             ):
                 self._abandoned = True
                 _say("a background process of the command keeps its output open; not waiting")
+                self._recorder.close_writer(self._writer)
                 return
 
 
@@ -478,6 +503,10 @@ def _pass_through(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
+def _too_long(error: Exception) -> str:
+    return f"the store took nothing for {PATIENCE:.0f} s ({error})"
+
+
 def _say(message: str) -> None:
     with suppress(OSError):
         print(f"sessionstore: {message}", file=sys.stderr, flush=True)
@@ -488,15 +517,6 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:  # most real-time signals have none
         return str(number)
-
-
-def _pieces(entry: str, longest: int) -> list[str]:
-    """An entry in pieces that a store with a small chunk limit takes."""
-    data = entry.encode()
-    if len(data) <= longest:
-        return [entry]
-    size = max(longest // 4, 1)  # characters: of four bytes at most
-    return [entry[first : first + size] for first in range(0, len(entry), size)]
 
 
 def _printable(value: str) -> str:

@@ -1,4 +1,4 @@
-"""What ``ls``, ``show``, ``metrics``, ``reap`` and ``doctor`` look like on a terminal.
+"""What ``ls``, ``show``, ``metrics``, ``events``, ``reap`` and ``doctor`` look like on a terminal.
 
 Every value passes through ``terminal.one_line`` on its way into a ``Text``, and a ``Text`` knows
 no markup: ``[red]`` in an agent's line is just that.
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from sessionstore.cli import terminal
-from sessionstore.models import AgentSession, Problem, Reaped, SessionMetrics
+from sessionstore.models import AgentSession, Problem, Reaped, SessionEvent, SessionMetrics
 
 STATUS_STYLES = {
     "starting": "cyan",
@@ -360,3 +360,28 @@ def metrics_lines(metrics: SessionMetrics) -> Iterator[Text]:
         yield Text("by type", style="bold")
     for type, value in types:
         yield count(type, value)
+
+
+# ---- events -----------------------------------------------------------------------------------
+
+_WIDEST_EVENT = len("status_changed")
+
+
+def event_line(event: SessionEvent) -> Text:
+    """What happened to a session and when, by UTC; where it stands now, and who did it."""
+    line = Text(f"{event.at:%Y-%m-%d %H:%M:%S}  ", style="dim")
+    line.append(f"{terminal.one_line(event.event):{_WIDEST_EVENT}}  ", "bold")
+    line.append(terminal.one_line(event.session_id), "default")
+    if event.status is not None:
+        status = terminal.one_line(event.status)
+        if event.old_status not in (None, event.status):
+            line.append(f"  {terminal.one_line(event.old_status or '')} →", "dim")
+        line.append(
+            f"  {status}" if event.old_status is None else f" {status}",
+            STATUS_STYLES.get(status, ""),
+        )
+    if event.actor is not None:
+        line.append(f"  by {terminal.one_line(event.actor)}", "dim")
+    if event.owner not in (None, event.actor):
+        line.append(f", of {terminal.one_line(event.owner or '')}", "dim")
+    return line

@@ -7,7 +7,7 @@
 -- Returns ok <fence> <status it had>
 -- Errors  SESSION_NOT_FOUND  SESSION_BUSY  SESSION_NOT_ACTIVE
 -- Event   lease_expired claimed
---- @include once, clock, types, status, move, lease, event
+--- @include once, clock, types, status, wake, move, lease, event
 local session, activity, ended, leases, events = KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local busy_index, new_owner_index = KEYS[7], KEYS[8]
 local id, prefix, worker, ttl_ms = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])

@@ -8,7 +8,7 @@
 -- Returns ok <creation time, µs>
 -- Errors  SESSION_EXISTS  SERVICE_SESSION_IN_USE
 -- Event   created deleted
---- @include once, clock, types, are, status, removal, expired, event
+--- @include once, clock, types, are, status, wake, event, removal, expired
 local session, sessions, types = KEYS[2], KEYS[3], KEYS[4]
 local activity, ended, events, leases = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local FIRST_INDEX, SERVICE_INDEX = 9, 11
@@ -50,7 +50,6 @@ end
 redis.call('ZADD', ENDED[status] and ended or activity, integer(created_us), id)
 event(events, 'created', id, type, actor, 'status', status)
 for _, one in ipairs(cleared) do
-  remove(prefix, one.id, one.removal)
-  event(events, 'deleted', one.id, one.removal.type, actor, 'old_status', one.removal.status)
+  remove(prefix, one.id, one.removal, actor)
 end
 return done(integer(created_us))

@@ -6,7 +6,7 @@
 -- Returns ok 1, or ok 0 if there was no such session
 -- Errors  LEASE_LOST  SESSION_BUSY
 -- Event   deleted
---- @include once, clock, types, lease, fence, removal, event
+--- @include once, clock, types, lease, fence, wake, event, removal
 local session, sessions, activity, ended = KEYS[2], KEYS[5], KEYS[6], KEYS[7]
 local leases, types, events = KEYS[8], KEYS[9], KEYS[10]
 local id, prefix, given, actor = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
@@ -26,6 +26,5 @@ must_be('zset', sessions, activity, ended, leases)
 must_be('stream', events)
 
 run_at_full_memory()
-remove(prefix, id, removal)
-event(events, 'deleted', id, removal.type, actor, 'old_status', removal.status or '')
+remove(prefix, id, removal, actor)
 return done('1')

@@ -17,7 +17,7 @@
 --         9 most entries and 10 most bytes an error buffer keeps, 0 = no bound
 -- Returns ok <JSON: for each session what is done with it and why>
 -- Event   lease_expired status_changed deleted
---- @include once, clock, types, are, status, move, lease, removal, expired, event
+--- @include once, clock, types, are, status, wake, event, move, lease, removal, expired
 local activity, ended, leases, events, place = KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local prefix, actor, grace_ms = ARGV[2], ARGV[3], tonumber(ARGV[4])
 local idle_us, ended_us = tonumber(ARGV[5]), tonumber(ARGV[6])
@@ -157,8 +157,7 @@ end
 if ended_us then
   for _, one in ipairs(expired(prefix, ended_us, most, MOST_WALKED)) do
     if not only_tell then
-      remove(prefix, one.id, one.removal)
-      event(events, 'deleted', one.id, one.removal.type, actor, 'old_status', one.removal.status)
+      remove(prefix, one.id, one.removal, actor)
     end
     tell(one.id, 'deleted', {status = one.removal.status, ended_us = one.ended_us})
   end

@@ -68,5 +68,6 @@ local function append(buffer)
 
   redis.call('HSET', session, 'last_activity', iso(now_us),
     total_field, total, bytes_field, integer(bytes))
+  wake(list, total)
   return done(total)
 end

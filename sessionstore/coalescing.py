@@ -1,0 +1,165 @@
+"""Coalescing: calls of one turn of the event loop in one pipeline.
+
+Awaited one by one on redis-py, a call costs well over 100 µs of the interpreter's time, a
+connection of its own, and beyond the pool's size a wait for one. In a pipeline it costs a fraction.
+So calls that are made while others are on their way are gathered until the end of the loop's turn,
+and sent together. A call that is alone goes alone, at once.
+
+    one task      call → reply → call → reply              each alone, nothing is gathered
+    many tasks    call call call … ─ end of the turn ─ one pipeline ─ replies → call call call …
+
+What stays each call's own: its reply or error; its attempts, for after a failure of the connection
+each call is sent again by itself, and gathered again; and its end, for a caller that is cancelled
+disturbs nobody. Cancelled before it was sent, its write does not happen; afterwards it happens
+once, whoever waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeAlias
+
+from redis.exceptions import NoScriptError
+
+from sessionstore.errors import own_copy
+from sessionstore.pipelining import Command
+
+MOST_CALLS = 128  # in one pipeline
+MOST_BYTES = 1024 * 1024  # of arguments in one pipeline
+#: Pipelines and lone calls on their way at the same time. With more of them there would be more
+#: connections, smaller pipelines, and no more calls: the interpreter is what is short.
+MOST_ON_THEIR_WAY = 2
+#: What a script counts for whose reply may be a page of 1 MiB: at most 16 of them in a pipeline.
+LARGE_REPLY = MOST_BYTES // 16
+LARGE_REPLIES = frozenset(
+    {"read_buffer", "find_sessions", "find_session_by_service_id", "read_whole"}
+)
+
+_ALONE: Any = object()
+
+#: A command, whether its reply may be large, and who waits for it.
+_Waiting: TypeAlias = tuple[Command, bool, "asyncio.Future[Any]"]
+
+
+def _weight(command: Command, *, has_large_reply: bool) -> int:
+    """What a command counts for in a pipeline, in bytes."""
+    text = sum([len(operand) for operand in command.operands if type(operand) is bytes])
+    return text + LARGE_REPLY if has_large_reply else text
+
+
+class Coalescer:
+    """Sends commands of one event loop, alone or together.
+
+    Args:
+        execute: redis-py's ``execute_command``.
+        together: sends several in one pipeline; for each its reply, or its error.
+    """
+
+    def __init__(
+        self,
+        execute: Callable[..., Awaitable[Any]],
+        together: Callable[[Sequence[Command]], Awaitable[list[Any]]],
+    ) -> None:
+        self._execute, self._together = execute, together
+        self._waiting: deque[_Waiting] = deque()
+        self._on_their_way = 0
+        self._is_crowded = False  # the last that were gathered were several
+        self._is_scheduled = False
+        self._pipelines: set[asyncio.Task[None]] = set()
+
+    async def send(self, command: Command, *, has_large_reply: bool = False) -> Any:
+        """The reply to a command; raises its error."""
+        if self._is_crowded or self._on_their_way or self._waiting:
+            loop = asyncio.get_running_loop()
+            future: asyncio.Future[Any] = loop.create_future()
+            self._waiting.append((command, has_large_reply, future))
+            self._schedule(loop)
+            try:
+                reply = await future
+            except asyncio.CancelledError:
+                if _is_told_to_go_alone(future):
+                    self._has_come_back()
+                raise
+            if reply is not _ALONE:
+                return reply
+        else:
+            self._on_their_way += 1
+        try:
+            return await self._execute(*command.evalsha)
+        except NoScriptError:
+            return await self._execute(*command.eval)
+        finally:
+            self._has_come_back()
+
+    def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Send what is waiting at the end of this turn: whoever calls until then is with it."""
+        if not self._is_scheduled and self._on_their_way < MOST_ON_THEIR_WAY:
+            self._is_scheduled = True
+            loop.call_soon(self._send_waiting)
+
+    def _has_come_back(self) -> None:
+        self._on_their_way -= 1
+        if self._waiting:
+            self._schedule(asyncio.get_running_loop())
+
+    def _send_waiting(self) -> None:
+        self._is_scheduled = False
+        while self._waiting and self._on_their_way < MOST_ON_THEIR_WAY:
+            gathered = self._gather()
+            self._is_crowded = len(gathered) > 1
+            if not gathered:
+                return
+            self._on_their_way += 1
+            if self._is_crowded:
+                pipeline = asyncio.create_task(self._send_together(gathered))
+                self._pipelines.add(pipeline)
+                pipeline.add_done_callback(self._pipelines.discard)
+            else:
+                gathered[0][-1].set_result(_ALONE)
+
+    def _gather(self) -> list[_Waiting]:
+        """The next that are waiting, as many as a pipeline takes."""
+        gathered: list[_Waiting] = []
+        weight = 0
+        while self._waiting and len(gathered) < MOST_CALLS:
+            command, has_large_reply, future = self._waiting[0]
+            if not future.done():  # cancelled, and never sent
+                weight += _weight(command, has_large_reply=has_large_reply)
+                if gathered and weight > MOST_BYTES:
+                    break
+                gathered.append(self._waiting[0])
+            self._waiting.popleft()
+        return gathered
+
+    async def _send_together(self, gathered: list[_Waiting]) -> None:
+        replies: list[Any]
+        try:
+            replies = await self._together([command for command, _, _ in gathered])
+        except Exception as error:
+            # One each: what is added to it further up is that caller's alone.
+            replies = [own_copy(error) for _ in gathered]
+        except BaseException:
+            for *_, future in gathered:
+                future.cancel()
+            self._has_come_back()
+            raise
+        for (*_, future), reply in zip(gathered, replies, strict=True):
+            if future.done():  # cancelled meanwhile
+                continue
+            if isinstance(reply, Exception):
+                future.set_exception(reply)
+            else:
+                future.set_result(reply)
+        self._has_come_back()  # last: callers that are woken now are gathered before more is sent
+
+    async def aclose(self) -> None:
+        """Wait for what is on its way: no task is left."""
+        while self._pipelines:
+            await asyncio.wait(list(self._pipelines))
+
+
+def _is_told_to_go_alone(future: asyncio.Future[Any]) -> bool:
+    is_answered = future.done() and not future.cancelled() and future.exception() is None
+    return is_answered and future.result() is _ALONE

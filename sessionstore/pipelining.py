@@ -1,0 +1,158 @@
+"""Pipelines of scripts: what is sent in one round trip, and again for want of a script.
+
+EVALSHA fails if the server does not know the script: after a restart, a failover, SCRIPT FLUSH. So
+a pipeline has up to three rounds: EVALSHA; the scripts that were missing and EVALSHA; EVAL with the
+text, where a user may not load scripts. A server that has lost its scripts refuses all that follow
+in the pipeline too, so with the scripts loaded at its head nothing overtakes what was refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any, NamedTuple, TypeAlias
+
+from redis.exceptions import NoScriptError, OutOfMemoryError
+
+from sessionstore._call import Call, Several, Snapshot
+from sessionstore.lanes import Lane
+from sessionstore.scripts import Script, load
+
+#: A request that is no batch of others.
+Single: TypeAlias = Call[Any] | Snapshot[Any] | Several[Any]
+
+#: What redis-py's ``execute_command`` takes.
+Words: TypeAlias = tuple[str | int | bytes, ...]
+
+
+class Command(NamedTuple):
+    """A script and what follows it in EVALSHA: number of keys, keys, arguments.
+
+    Without a script, ``operands`` are a command by themselves.
+    """
+
+    script: Script | None
+    operands: Words
+
+    @property
+    def evalsha(self) -> Words:
+        return (
+            self.operands if self.script is None else ("EVALSHA", self.script.sha, *self.operands)
+        )
+
+    @property
+    def eval(self) -> Words:
+        return self.operands if self.script is None else ("EVAL", self.script.text, *self.operands)
+
+    def encoded(self) -> Command:
+        """The same in bytes: redis-py's asyncio client takes four times as long to encode it."""
+        return Command(
+            self.script,
+            tuple(
+                [one.encode() if type(one) is str else str(one).encode() for one in self.operands]
+            ),
+        )
+
+
+def command(call: Call[Any], lane: Lane | None) -> Command:
+    """The command that a call is."""
+    if lane is None or call.lane is None:
+        return Command(load(call.script), (len(call.keys), *call.keys, *call.args))
+    keys = (call.lane(lane.name), *call.keys)
+    return Command(load(call.script), (len(keys), *keys, lane.sequence, *call.args))
+
+
+def commands(request: Single, lane: Lane | None) -> list[Command]:
+    """The commands that a request is, within a pipeline."""
+    if isinstance(request, Call):
+        return [command(request, lane)]
+    if isinstance(request, Several):
+        return [command(call, None) for call in request.calls]
+    words: list[Words] = [("MULTI",), *request.commands, ("EXEC",)]
+    return [Command(None, one) for one in words]
+
+
+def _reply(request: Single, replies: Sequence[Any]) -> Any:
+    """What a request is answered with, made of its commands' replies; or its error."""
+    if isinstance(request, Call):
+        return replies[0]
+    error = _first_error(replies)
+    if error is not None:
+        return error
+    if isinstance(request, Several):
+        return list(replies)
+    results = replies[-1]  # of EXEC
+    return _first_error(results) or results
+
+
+def _first_error(replies: Sequence[Any]) -> Exception | None:
+    return next((reply for reply in replies if isinstance(reply, Exception)), None)
+
+
+def answer(request: Single, replies: Sequence[Any]) -> Any:
+    """What a request is answered with; raises its error."""
+    reply = _reply(request, replies)
+    if isinstance(reply, Exception):
+        raise reply
+    return reply
+
+
+def answers(
+    requests: Sequence[tuple[Single, Any]],
+    sent: Sequence[Sequence[Command]],
+    replies: Sequence[Any],
+) -> list[Any]:
+    """What each of several requests is answered with, or its error."""
+    following = iter(replies)
+    return [
+        _reply(request, list(islice(following, len(several))))
+        for (request, _), several in zip(requests, sent, strict=True)
+    ]
+
+
+class Rounds:
+    """The rounds of one pipeline.
+
+    Args:
+        commands: what is to be sent.
+        load_first: send the scripts in the first round already, to keep the order whatever happens.
+    """
+
+    def __init__(self, commands: Sequence[Command], *, load_first: bool = False) -> None:
+        self._commands = commands
+        self._missing: Sequence[int] = range(len(commands))
+        self._round = 0
+        self._is_loading = load_first
+        self._loads = 0
+        #: For each command its reply, or its error.
+        self.replies: list[Any] = [None] * len(commands)
+
+    def following(self) -> list[Words]:
+        """What is to be sent now; nothing once all have been answered."""
+        to_send = [self._commands[number] for number in self._missing]
+        self._round += 1
+        if self._round > 2:
+            self._loads = 0
+            return [] if self._round > 3 else [one.eval for one in to_send]
+        scripts = (
+            dict.fromkeys(one.script for one in to_send if one.script) if self._is_loading else ()
+        )
+        self._loads = len(scripts)
+        return [
+            *(("SCRIPT", "LOAD", one.text) for one in scripts),
+            *(one.evalsha for one in to_send),
+        ]
+
+    def take(self, replies: Sequence[Any]) -> None:
+        """The replies to what was sent."""
+        for number, reply in zip(self._missing, replies[self._loads :], strict=True):
+            self.replies[number] = reply
+        self._missing = [n for n in self._missing if isinstance(self.replies[n], NoScriptError)]
+        self._is_loading = True
+        if not self._missing:
+            self._round = 3
+
+
+def is_out_of_memory(reply: Any) -> bool:
+    """Whether a MULTI was refused because the server's memory is full."""
+    return isinstance(reply, OutOfMemoryError)
