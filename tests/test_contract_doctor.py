@@ -178,7 +178,11 @@ class Hospital:
         self.in_order = False
 
 
-@pytest.fixture(scope="module", params=SERVERS)
+#: Each kind of damage on one server; under traffic (``test_doctor_traffic.py``) on all of them.
+ADMITTED = [(name, SERVERS[number % len(SERVERS)]) for number, name in enumerate(FAULTS)]
+
+
+@pytest.fixture(scope="module")
 def hospital(
     request: pytest.FixtureRequest, running: Callable[[str], PrivateServer]
 ) -> Iterator[Hospital]:
@@ -186,7 +190,7 @@ def hospital(
         yield Hospital(world)
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(("name", "hospital"), ADMITTED, indirect=["hospital"])
 def test_damage_is_found_named_and_mended(hospital: Hospital, name: str) -> None:
     fault, rng = FAULTS[name], seeded()
     hospital.admit()
@@ -219,21 +223,21 @@ def clear_quarantine(world: World) -> None:
             world.redis.unlink(key)
 
 
-def test_all_damage_at_once_is_mended_in_one_run(world: World, ids: list[str]) -> None:
-    store, rng = world.store(reap_grace=1000.0), seeded()
+def test_all_damage_at_once_is_mended_in_one_run(ward: World) -> None:
+    ids, store, rng = population(ward), ward.store(reap_grace=1000.0), seeded()
     done = set()
     for name, fault in FAULTS.items():
         usable = [
             one
             for one in ids
-            if world.redis.type(world.session(one)) == "hash"
-            and world.redis.hget(world.session(one), "status") in ("active", "error", "busy")
-            and world.redis.hget(world.session(one), "type") is not None
+            if ward.redis.type(ward.session(one)) == "hash"
+            and ward.redis.hget(ward.session(one), "status") in ("active", "error", "busy")
+            and ward.redis.hget(ward.session(one), "type") is not None
         ]
         # What is lost entirely must not take another fault's only witness with it.
         if fault.to_all or name.startswith(("no ", "a status that", "a creation", "active before")):
             continue
-        damaged(world, usable, fault, rng)
+        damaged(ward, usable, fault, rng)
         done.add(name)
     assert len(done) > 35
 
@@ -242,8 +246,8 @@ def test_all_damage_at_once_is_mended_in_one_run(world: World, ids: list[str]) -
     assert len(mended) > 35
     assert all(one.repaired for one in mended)
     assert wrong(store.repair()) == []
-    clear_quarantine(world)
-    assert_consistent(world)
+    clear_quarantine(ward)
+    assert_consistent(ward)
 
 
 def test_a_problem_tells_key_session_and_mending(world: World, store: Any) -> None:
