@@ -61,6 +61,21 @@ WORLDS = [
 ]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--model-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="take so many steps beside the model (test_model.py), with a check after each",
+    )
+    parser.addoption(
+        "--model-as-found",
+        action="store_true",
+        help="do not look for the fewest steps that fail, which takes minutes",
+    )
+
+
 def pytest_report_header() -> list[str]:
     lines = [f"redis-py {redis.__version__}, fakeredis {fakeredis.__version__}"]
     lines += [f"server: {program} ({program.path})" for program in PROGRAMS.values()]
