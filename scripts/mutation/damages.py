@@ -484,9 +484,9 @@ CREATE_AND_DELETE = [
         MODEL, ORIGINAL,
     ),
     _damage(
-        "delete_session", "full memory forbids making room",
-        "run_at_full_memory()\nremove(", "remove(",
-        MEMORY, TYPES,
+        "delete_session", "at full memory nobody is told that there was nothing to delete",
+        "  run_at_full_memory()\n", "",
+        MEMORY,
     ),
     _damage(
         "delete_session", "a set of the wrong type leaves the session half deleted",
@@ -795,7 +795,7 @@ READING = [
     _damage(
         "include/event", "watchers are not woken",
         "  wake(stream, name)\n", "",
-        WATCH,
+        FOLLOW, WATCH,
     ),
     _damage(
         "include/event", "events are kept without a bound",

@@ -61,7 +61,7 @@ def run_tests(package: Path, file: str, server: str) -> tuple[int, str]:
     chosen = f"{ONE_WORLD} and not {others}"
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", chosen]
     if file == MODEL:
-        options += ["--model-steps", "3200", "--model-as-found"]
+        options += ["--model-as-found"]
     environment = os.environ | {"PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"}
     process = subprocess.Popen(
         # -P: the package in the current folder is not the one to be tested.
