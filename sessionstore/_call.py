@@ -76,11 +76,11 @@ class Together(Generic[T]):
     """Send requests in one pipeline, each with the lane of its write.
 
     ``decode`` gets for each its reply, or its error; only a failure of the connection, which is all
-    of theirs, is raised. ``began`` is when the first attempt did, by ``time.monotonic()``.
+    of theirs, is raised. ``attempts`` (``attempts.py``) are over all the times that they are sent.
     """
 
     requests: Sequence[tuple[Call[Any] | Snapshot[Any] | Several[Any], Any]]
-    began: float
+    attempts: Any
     decode: Callable[[list[Any]], T | Request[T]]
     lane: ClassVar[None] = None
     unopened: ClassVar[bool] = False
@@ -111,7 +111,7 @@ def then(request: Request[T], use: Callable[[T], U | Request[U]]) -> Request[U]:
     if isinstance(request, Several):
         return Several(request.calls, decode)
     if isinstance(request, Together):
-        return Together(request.requests, request.began, decode)
+        return Together(request.requests, request.attempts, decode)
     return Call(request.script, request.keys, request.args, decode, request.lane, request.unopened)
 
 

@@ -112,7 +112,9 @@ class Outcome(Generic[T]):
             SessionStoreError: the batch has not been sent.
         """
         if not self._is_known:
-            raise SessionStoreError(f"the batch with this {self.operation} has not been sent")
+            raise SessionStoreError(
+                f"the batch with this {self.operation} has not been sent, or was interrupted"
+            )
         self._is_looked_at = True
         return self._error
 
@@ -133,7 +135,8 @@ class Outcome(Generic[T]):
 
     def fail(self, error: Exception) -> None:
         """It was refused, or could not be carried out."""
-        self._is_known, self._error = True, error
+        # Without the frames it came through: they hold this outcome, which would outlive its user.
+        self._is_known, self._error = True, error.with_traceback(None)
 
     def __del__(self) -> None:
         if self._error is not None and not self._is_looked_at:

@@ -9,22 +9,23 @@ Within the ``with`` an operation is only noted; leaving sends all of them, in or
 pipeline. They are not atomic: each is carried out, or refused, by itself, and has its own result or
 error.
 
-Order is kept whatever happens. The scripts are loaded at the head of the pipeline, so that none is
-missing in the middle; and if a failure leaves it open how far the server came, all are sent again
-in the same order, for those that were carried out only give their answer again (``lanes.py``).
+Order is kept: the scripts are loaded at the head of the pipeline, so that none is missing in the
+middle (``pipelining.py`` has the one gap); and if a failure leaves it open how far the server came,
+all are sent again in the same order, for those that were carried out only give their answer again
+(``lanes.py``). Once the store has been given up as away, nothing that comes later is sent.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from redis.exceptions import RedisError
 
-from sessionstore._call import REQUESTS, Request, Snapshot, Steps, Together
+from sessionstore._call import REQUESTS, Call, Request, Snapshot, Steps, Together
 from sessionstore._operation import AsyncExecutor, BatchExecutor, Outcome, SyncExecutor
 from sessionstore.attempts import Attempts
 from sessionstore.errors import (
@@ -33,6 +34,7 @@ from sessionstore.errors import (
     is_transient,
     of_any_server,
     own_copy,
+    surely_not_run,
 )
 from sessionstore.holding import Leases
 from sessionstore.lanes import Lane, Lanes
@@ -42,6 +44,9 @@ from sessionstore.pipelining import Single, is_out_of_memory
 T = TypeVar("T")
 
 MOST_TOGETHER = 1000  # operations in one round trip
+
+#: The answer to a write that was never sent: it has done nothing, and so has not ended a lease.
+_NOT_SENT = "NOT_SENT {}"
 
 
 @dataclass(slots=True)
@@ -60,7 +65,7 @@ class Sender:
     operations: SessionOperations
     leases: Leases
     lanes: Lanes
-    attempts: Callable[[Request[Any], float], Attempts]
+    attempts: Callable[[bool], Attempts]
     pending: Callable[[Request[Any], Lane], object]
 
 
@@ -87,6 +92,7 @@ class _Batch(SessionOperations, BatchExecutor):
         return iter([noted.outcome for noted in self._noted])
 
     def note(self, operation: str, request: Request[T]) -> Outcome[T]:
+        """Note a request; what will become of it."""
         if self._is_over:
             raise SessionStoreError("this batch has been sent or given up; begin another")
         assert not isinstance(request, Together)  # no operation is a batch
@@ -94,53 +100,80 @@ class _Batch(SessionOperations, BatchExecutor):
         self._noted.append(_Noted(request, outcome))
         return outcome
 
-    def _sending(self) -> Steps[None]:
-        """Send all that was noted, and what follows from it."""
+    def _leaving(self, error: BaseException | None) -> Steps[None]:
+        """Send all that was noted, and what follows from it; nothing after an exception."""
+        is_first, self._is_over = not self._is_over, True
+        # Methods that were looked up are kept, each with the batch. Without them it goes when its
+        # user lets it go, and outcomes that nobody has looked at are logged then.
+        for name in [name for name in vars(self) if hasattr(SessionOperations, name)]:
+            del vars(self)[name]
+        if not is_first:
+            return
+        if error is not None:
+            for noted in self._noted:
+                _give_up(noted.request)
+            return
+        away: Exception | None = None
         for first in range(0, len(self._noted), MOST_TOGETHER):
-            yield from self._sending_some(self._noted[first : first + MOST_TOGETHER])
+            some = self._noted[first : first + MOST_TOGETHER]
+            if away is None:
+                away = yield from self._sending_some(some)
+                continue
+            for noted in some:
+                _give_up(noted.request)
+                noted.outcome.fail(own_copy(away))
 
-    def _sending_some(self, some: Sequence[_Noted]) -> Steps[None]:
+    def _sending_some(self, some: Sequence[_Noted]) -> Steps[Exception | None]:
+        """Send some; gives the failure for which no more of them need be sent."""
         lanes = self._sender.lanes
         for noted in some:
             if noted.request.lane is not None:
                 noted.lane = lanes.take()
+        away: Exception | None = None
         try:
-            replies = yield from self._replies(some)
-        except Exception as error:
-            for noted in some:
-                noted.outcome.fail(self._own_error(noted, error))
-            return
+            try:
+                replies, away = yield from self._replies(some)
+            except Exception as error:
+                replies, away = [error] * len(some), error
+            for number, noted in enumerate(some):
+                if away is not None and replies[number] is away:
+                    replies[number] = self._own_error(noted, away)
         finally:
             for noted in some:
                 if noted.lane is not None:
                     lanes.give_back(noted.lane)
         for noted, reply in zip(some, replies, strict=True):
             yield from _settling(noted, reply)
+        return _cause(away) if isinstance(away, OutcomeUnknownError) else away
 
-    def _replies(self, some: Sequence[_Noted]) -> Steps[list[Any]]:
-        """The reply to each, or its error; sent again while one of them failed in passing."""
+    def _replies(self, some: Sequence[_Noted]) -> Steps[tuple[list[Any], Exception | None]]:
+        """The reply to each, or its error; sent again while one of them failed in passing.
+
+        If one did so to the end, that failure too.
+        """
         requests = [(noted.request, noted.lane) for noted in some]
-        together: Together[list[Any]] = Together(
-            requests, time.monotonic(), lambda replies: replies
-        )
-        attempts = self._sender.attempts(together, together.began)
+        attempts = self._sender.attempts(any(lane for _, lane in requests))
+        together: Together[list[Any]] = Together(requests, attempts, lambda replies: replies)
         while True:
             replies: list[Any] = yield together
-            failure = next((reply for reply in replies if _is_passing(reply)), None)
-            if failure is None:
-                return replies
+            failures = [reply for reply in replies if _is_passing(reply)]
+            if not failures:
+                return replies, None
+            failure = next((one for one in failures if not surely_not_run(one)), failures[0])
             try:
                 pause = attempts.pause_after(failure)
-            except RedisError:
-                return replies
+            except OutcomeUnknownError as error:  # of an earlier attempt, perhaps
+                return [error if _is_passing(reply) else reply for reply in replies], error
+            except RedisError as error:
+                return replies, error
             yield pause
 
     def _own_error(self, noted: _Noted, error: Exception) -> Exception:
-        """Of a failure of the connection, what it means for one operation."""
+        """Of a failure, what it means for one operation."""
         if not isinstance(error, OutcomeUnknownError):
             return own_copy(error)
         if noted.lane is None:
-            return own_copy(error.__cause__) if isinstance(error.__cause__, Exception) else error
+            return own_copy(_cause(error))
         own = OutcomeUnknownError(f"{noted.outcome.operation} in a {error}")
         own.__cause__ = error.__cause__
         own.pending = self._sender.pending(noted.request, noted.lane)
@@ -148,12 +181,24 @@ class _Batch(SessionOperations, BatchExecutor):
         return own
 
 
+def _cause(error: OutcomeUnknownError) -> Exception:
+    return error.__cause__ if isinstance(error.__cause__, Exception) else error
+
+
+def _give_up(request: Single) -> None:
+    """Tell a request that it is not going to be sent."""
+    if request.lane is not None:
+        with suppress(SessionStoreError):
+            request.decode(_NOT_SENT)
+
+
 def _settling(noted: _Noted, reply: Any) -> Steps[None]:
     """From the reply to an operation's outcome, with further round trips if it takes any."""
     request, outcome = noted.request, noted.outcome
     try:
         if isinstance(request, Snapshot) and is_out_of_memory(reply):
-            result = yield request.instead
+            instead = request.instead
+            result = yield Call(instead.script, instead.keys, instead.args, request.decode)
         elif isinstance(reply, Exception):
             raise of_any_server(reply)
         else:
@@ -192,9 +237,7 @@ class Batch(_Batch):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        is_first, self._is_over = not self._is_over, True
-        if error is None and is_first:
-            self._executor.carry(self._sending())
+        self._executor.carry(self._leaving(error))
 
 
 class AsyncBatch(_Batch):
@@ -216,6 +259,4 @@ class AsyncBatch(_Batch):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        is_first, self._is_over = not self._is_over, True
-        if error is None and is_first:
-            await self._executor.carry(self._sending())
+        await self._executor.carry(self._leaving(error))

@@ -11,7 +11,7 @@ and sent together. A call that is alone goes alone, at once.
 What stays each call's own: its reply or error; its attempts, for after a failure of the connection
 each call is sent again by itself, and gathered again; and its end, for a caller that is cancelled
 disturbs nobody. Cancelled before it was sent, its write does not happen; afterwards it happens
-once, whoever waits for it.
+once, or not at all if it has not reached the server.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
+from functools import partial
 from typing import Any, TypeAlias
 
-from redis.exceptions import NoScriptError
+from redis.exceptions import ConnectionError, NoScriptError
 
 from sessionstore.errors import own_copy
 from sessionstore.pipelining import Command
@@ -31,6 +33,8 @@ MOST_BYTES = 1024 * 1024  # of arguments in one pipeline
 #: Pipelines and lone calls on their way at the same time. With more of them there would be more
 #: connections, smaller pipelines, and no more calls: the interpreter is what is short.
 MOST_ON_THEIR_WAY = 2
+#: Of what goes alone, as many on their way as a pool of connections has room for, but not more.
+MOST_ALONE = 64
 #: What a script counts for whose reply may be a page of 1 MiB: at most 16 of them in a pipeline.
 LARGE_REPLY = MOST_BYTES // 16
 LARGE_REPLIES = frozenset(
@@ -55,19 +59,27 @@ class Coalescer:
     Args:
         execute: redis-py's ``execute_command``.
         together: sends several in one pipeline; for each its reply, or its error.
+        connections: the most that the client's pool gives out before it raises; None: it waits.
     """
 
     def __init__(
         self,
         execute: Callable[..., Awaitable[Any]],
         together: Callable[[Sequence[Command]], Awaitable[list[Any]]],
+        connections: int | None = None,
     ) -> None:
         self._execute, self._together = execute, together
+        self._alone: asyncio.Semaphore | None = None
+        self._most_on_their_way = MOST_ON_THEIR_WAY
+        if connections is not None:  # one of them may be taken by what brings news
+            self._alone = asyncio.Semaphore(max(1, min(MOST_ALONE, connections - 3)))
+            self._most_on_their_way = 1 if connections <= 3 else MOST_ON_THEIR_WAY
         self._waiting: deque[_Waiting] = deque()
         self._on_their_way = 0
         self._is_crowded = False  # the last that were gathered were several
         self._is_scheduled = False
         self._pipelines: set[asyncio.Task[None]] = set()
+        self._idle: asyncio.Event | None = None  # for who waits until nothing is on its way
 
     async def send(self, command: Command, *, has_large_reply: bool = False) -> Any:
         """The reply to a command; raises its error."""
@@ -95,7 +107,7 @@ class Coalescer:
 
     def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
         """Send what is waiting at the end of this turn: whoever calls until then is with it."""
-        if not self._is_scheduled and self._on_their_way < MOST_ON_THEIR_WAY:
+        if not self._is_scheduled and self._on_their_way < self._most_on_their_way:
             self._is_scheduled = True
             loop.call_soon(self._send_waiting)
 
@@ -103,21 +115,25 @@ class Coalescer:
         self._on_their_way -= 1
         if self._waiting:
             self._schedule(asyncio.get_running_loop())
+        elif not self._on_their_way and self._idle is not None:
+            self._idle.set()
 
     def _send_waiting(self) -> None:
         self._is_scheduled = False
-        while self._waiting and self._on_their_way < MOST_ON_THEIR_WAY:
+        while self._waiting and self._on_their_way < self._most_on_their_way:
             gathered = self._gather()
             self._is_crowded = len(gathered) > 1
             if not gathered:
-                return
+                break
             self._on_their_way += 1
             if self._is_crowded:
                 pipeline = asyncio.create_task(self._send_together(gathered))
                 self._pipelines.add(pipeline)
-                pipeline.add_done_callback(self._pipelines.discard)
+                pipeline.add_done_callback(partial(self._has_ended, gathered))
             else:
                 gathered[0][-1].set_result(_ALONE)
+        if not self._on_their_way and self._idle is not None:  # all that waited were cancelled
+            self._idle.set()
 
     def _gather(self) -> list[_Waiting]:
         """The next that are waiting, as many as a pipeline takes."""
@@ -140,11 +156,6 @@ class Coalescer:
         except Exception as error:
             # One each: what is added to it further up is that caller's alone.
             replies = [own_copy(error) for _ in gathered]
-        except BaseException:
-            for *_, future in gathered:
-                future.cancel()
-            self._has_come_back()
-            raise
         for (*_, future), reply in zip(gathered, replies, strict=True):
             if future.done():  # cancelled meanwhile
                 continue
@@ -154,8 +165,27 @@ class Coalescer:
                 future.set_result(reply)
         self._has_come_back()  # last: callers that are woken now are gathered before more is sent
 
-    async def aclose(self) -> None:
-        """Wait for what is on its way: no task is left."""
+    def _has_ended(self, gathered: list[_Waiting], pipeline: asyncio.Task[None]) -> None:
+        self._pipelines.discard(pipeline)
+        if pipeline.cancelled():  # by others, perhaps before it began; its callers were not
+            for *_, future in gathered:
+                if not future.done():
+                    future.set_exception(ConnectionError("the pipeline of this call was cancelled"))
+            self._has_come_back()
+
+    def alone(self) -> AbstractAsyncContextManager[Any]:
+        """While something is on its way that goes alone: the pool must have room for it."""
+        return nullcontext() if self._alone is None else self._alone
+
+    async def aclose(self, patience: float) -> None:
+        """Wait for what is on its way, for so many seconds at most: no task is left."""
+        self._idle = asyncio.Event()
+        if self._on_their_way or self._waiting:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(patience):
+                    await self._idle.wait()
+        for pipeline in self._pipelines:
+            pipeline.cancel()
         while self._pipelines:
             await asyncio.wait(list(self._pipelines))
 

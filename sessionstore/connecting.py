@@ -74,6 +74,15 @@ def _pool(pool_class: Any, url: Any, settings: StoreSettings, retry: Any) -> Any
     return pool
 
 
+def connections_of(client: Any) -> int | None:
+    """How many connections an asyncio client's pool gives out before it raises; None: it waits."""
+    pool = getattr(client, "connection_pool", None)
+    if isinstance(pool, redis.asyncio.BlockingConnectionPool):
+        return None
+    most = getattr(pool, "max_connections", None)
+    return most if isinstance(most, int) else None
+
+
 def accepted(client: object) -> Any:
     """The caller's client; one of the wrong kind would fail later, and in words of its own."""
     return _of_kind(client, "redis.Redis", not_of=_ASYNC)

@@ -49,6 +49,7 @@ _LISTENS_FOR = 1.0  # seconds in one go
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds before the next connection
 _UNTIL_PERMITTED = 60.0  # and if there is no right to subscribe
 _MOST_CHANNELS = 1000  # in one command
+_IN_ONE_TURN = 32  # messages, before others on the event loop have theirs
 READERS = 2  # followers of one store that read at the same time
 
 
@@ -84,7 +85,8 @@ class News:
         self._subscribed: set[str] = set()  # has been asked for
         self._confirmed: set[str] = set()
         self._heard_at = self._spoke_at = 0.0  # time.monotonic()
-        self._is_told = False  # of changes, that it has not seen to yet
+        self._is_changed = True  # who listens to what, since it was last seen to
+        self._is_told = False  # that it is
         self.is_closed = False
 
     # ---- Followers ---------------------------------------------------------------------------
@@ -95,7 +97,9 @@ class News:
             is_new = not self._subscribed.issuperset(listener.channels)
             for channel in listener.channels:
                 self._listeners.setdefault(channel, set()).add(listener)
-            is_untold, self._is_told = is_new and not self._is_told, self._is_told or is_new
+            is_untold = is_new and not self._is_told
+            self._is_changed |= is_new
+            self._is_told |= is_new
             return is_untold
 
     def remove(self, listener: Listener) -> None:
@@ -106,6 +110,7 @@ class News:
                 others.discard(listener)
                 if not others:
                     self._listeners.pop(channel, None)
+                    self._is_changed = True
 
     def patience(self, listener: Listener) -> float:
         """Seconds that a follower may wait for news before it looks for itself."""
@@ -147,11 +152,13 @@ class News:
 
     def changes(self) -> list[tuple[str, tuple[str, ...]]]:
         """What is to be said to the server: ``subscribe`` or ``unsubscribe``, and the channels."""
+        if not self._is_changed:  # as nearly always: it is asked after each message
+            return []
         with self.lock:
             wanted = {self.control, *self._listeners}
             new, old = wanted - self._subscribed, self._subscribed - wanted
             self._subscribed = wanted
-            self._is_told = False
+            self._is_changed = self._is_told = False
             self._confirmed -= old
         return [
             (command, tuple(channels[first : first + _MOST_CHANNELS]))
@@ -209,7 +216,7 @@ class News:
     def _forget_subscription(self) -> None:
         self._subscribed.clear()
         self._confirmed.clear()
-        self._is_told = False
+        self._is_changed, self._is_told = True, False
 
 
 def _pause_after(error: Exception, before: float) -> float:
@@ -353,7 +360,13 @@ class TaskNews(News):
                     while self.is_wanted():
                         for command, channels in self.changes():
                             await getattr(pubsub, command)(*channels)
-                        self.take(await pubsub.get_message(timeout=_LISTENS_FOR))
+                        for _ in range(_IN_ONE_TURN):
+                            message = await pubsub.get_message(timeout=_LISTENS_FOR)
+                            self.take(message)
+                            if message is None or self._is_changed:
+                                break
+                        else:
+                            await asyncio.sleep(0)  # what has come already does not wait by itself
                         if self.is_pulse_due():
                             await self._speak()
                         pause = 0.0

@@ -33,4 +33,14 @@ def load(name: str) -> Script:
         return "\n".join((folder / "include" / f"{n}.lua").read_text("utf-8") for n in names)
 
     text = _INCLUDE.sub(included, (folder / f"{name}.lua").read_text("utf-8"))
+    return _script(text)
+
+
+@cache
+def variant(script: Script, number: int) -> Script:
+    """The same script under another digest."""
+    return _script(f"{script.text}\n-- variant {number}\n")
+
+
+def _script(text: str) -> Script:
     return Script(text, sha1(text.encode(), usedforsecurity=False).hexdigest())

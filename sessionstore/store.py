@@ -17,7 +17,14 @@ from typing import Any, Self, TypeVar, Unpack, cast
 
 import redis
 import redis.asyncio
-from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
+from redis.client import NEVER_DECODE
+from redis.exceptions import (
+    NoPermissionError,
+    NoScriptError,
+    OutOfMemoryError,
+    RedisError,
+    ResponseError,
+)
 
 from sessionstore import connecting, lease, opening, writer, writing
 from sessionstore._call import (
@@ -39,6 +46,7 @@ from sessionstore.errors import (
     InvalidArgumentError,
     OutcomeUnknownError,
     SessionStoreError,
+    own_copy,
 )
 from sessionstore.keys import Keyspace
 from sessionstore.lanes import Lane, Lanes
@@ -46,12 +54,25 @@ from sessionstore.lease import DEFAULT_TTL, AsyncClaim, Lease, TaskLeases, Threa
 from sessionstore.models import AgentSessionStatus
 from sessionstore.news import TaskNews, ThreadNews
 from sessionstore.operations import SessionOperations
-from sessionstore.pipelining import Command, Rounds, answer, answers, command, commands
+from sessionstore.pipelining import (
+    Command,
+    Rounds,
+    Words,
+    answer,
+    answers,
+    command,
+    commands,
+)
+from sessionstore.scripts import load
 from sessionstore.settings import SettingsArguments, StoreSettings
 from sessionstore.writer import AsyncWriter, Writer
 
 T = TypeVar("T")
 C = TypeVar("C")
+
+#: Replies are left in bytes even by a client that decodes them, perhaps strictly: of a pipeline,
+#: one byte that is no UTF-8 would spoil the replies to all.
+_IN_BYTES: dict[str, Any] = {NEVER_DECODE: True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +100,7 @@ class _Store(SessionOperations):
         self._own_client = own_client
         self._lanes = Lanes()
         self._checked = False
+        self._may_load_scripts = True
         self._closed = False
 
     def __repr__(self) -> str:
@@ -99,8 +121,8 @@ class _Store(SessionOperations):
             case Snapshot():
                 what = "get_session"
             case Together():
-                what, began = "batch", request.began
-                is_write = any(lane for _, lane in request.requests)
+                attempts: Attempts = request.attempts
+                return attempts
         deadline = self.settings.deadline if self._own_client else None
         return Attempts(what, deadline, is_write, began, may_have_run=is_repeat)
 
@@ -110,8 +132,20 @@ class _Store(SessionOperations):
             operations=self,
             leases=self._leases,
             lanes=self._lanes,
-            attempts=lambda request, began: self._attempts(request, began, is_repeat=False),
+            attempts=lambda is_write: Attempts(
+                "batch",
+                self.settings.deadline if self._own_client else None,
+                is_write,
+                time.monotonic(),
+            ),
             pending=lambda request, lane: Pending(self, request, lane),
+        )
+
+    def _in_order(self, sent: Iterable[Iterable[Command]]) -> Rounds:
+        return Rounds(
+            [one for several in sent for one in several],
+            in_order=True,
+            may_load=self._may_load_scripts,
         )
 
     def _refuse_if_closed(self) -> None:
@@ -142,8 +176,14 @@ class _Store(SessionOperations):
         self._refuse_if_closed()
         return not request.unopened
 
+    def _opening(self) -> list[Words]:
+        """The commands that are sent before all others: what they tell, ``_check_opened`` reads."""
+        opened = command(opening.open_store(self.keyspace, self.settings), None)
+        return [opened.eval, opening.INFO, ("SCRIPT", "LOAD", load("ping").text)]
+
     def _check_opened(self, replies: list[Any]) -> None:
-        meta, info = replies
+        meta, info, loaded = replies
+        self._may_load_scripts = not isinstance(loaded, NoPermissionError)
         if isinstance(meta, ResponseError):
             raise meta
         opening.check_layout(meta, self.settings)
@@ -376,15 +416,14 @@ class SessionStore(_Store, SyncExecutor):
         if isinstance(request, Call):
             one = command(request, lane)
             try:
-                return self._client.execute_command(*one.evalsha)
+                return self._client.execute_command(*one.evalsha, **_IN_BYTES)
             except NoScriptError:
-                return self._client.execute_command(*one.eval)
+                return self._client.execute_command(*one.eval, **_IN_BYTES)
         if isinstance(request, Several):
             return answer(request, self._send_pipeline(Rounds(commands(request, None))))
         if isinstance(request, Together):
             sent = [commands(*one) for one in request.requests]
-            rounds = Rounds([one for several in sent for one in several], load_first=True)
-            return answers(request.requests, sent, self._send_pipeline(rounds))
+            return answers(request.requests, sent, self._send_pipeline(self._in_order(sent)))
         try:
             with self._client.pipeline(transaction=True) as pipe:
                 for words in request.commands:
@@ -397,16 +436,21 @@ class SessionStore(_Store, SyncExecutor):
         while to_send := rounds.following():
             with self._client.pipeline(transaction=False) as pipe:
                 for words in to_send:
-                    pipe.execute_command(*words)
-                rounds.take(pipe.execute(raise_on_error=False))
+                    pipe.execute_command(*words, **_IN_BYTES)
+                try:
+                    replies = pipe.execute(raise_on_error=False)
+                except RedisError as error:
+                    if not rounds.fail(error):
+                        raise
+                else:
+                    rounds.take(replies)
         return rounds.replies
 
     def _open(self) -> None:
         self._refuse_if_closed()
-        opened = command(opening.open_store(self.keyspace, self.settings), None)
         with self._client.pipeline(transaction=False) as pipe:
-            pipe.execute_command(*opened.eval)
-            pipe.execute_command(*opening.INFO)
+            for words in self._opening():
+                pipe.execute_command(*words)
             self._check_opened(pipe.execute(raise_on_error=False))
 
     def repeat(self, error: OutcomeUnknownError) -> Any:
@@ -478,11 +522,13 @@ class AsyncSessionStore(_Store, AsyncExecutor):
             if client is None
             else connecting.accepted_async(client)
         )
+        self._being_opened: asyncio.Future[Exception | None] | None = None
         self._news = TaskNews(lambda: self._client, self._publish, self.keyspace.news)
         self._coalescing = (
             Coalescer(
-                self._client.execute_command,
+                self._execute,
                 lambda several: self._send_pipeline(Rounds(several)),
+                connecting.connections_of(self._client),
             )
             if loaded.coalesce and not isinstance(client, redis.asyncio.RedisCluster)
             else None
@@ -638,7 +684,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
                 while True:
                     try:
                         if not self._checked and self._must_open(request):
-                            await self._open()
+                            await self._open_together()
                         reply = await self._send(request, lane)
                         break
                     except RedisError as error:
@@ -665,19 +711,28 @@ class AsyncSessionStore(_Store, AsyncExecutor):
             )
         return self._send_several(request)
 
+    def _execute(self, *words: Any) -> Awaitable[Any]:
+        reply: Awaitable[Any] = self._client.execute_command(*words, **_IN_BYTES)
+        return reply
+
     async def _send_alone(self, one: Command) -> Any:
         try:
-            return await self._client.execute_command(*one.evalsha)
+            return await self._execute(*one.evalsha)
         except NoScriptError:
-            return await self._client.execute_command(*one.eval)
+            return await self._execute(*one.eval)
 
     async def _send_several(self, request: Several[Any] | Together[Any] | Snapshot[Any]) -> Any:
+        if self._coalescing is None:
+            return await self._send_at_once(request)
+        async with self._coalescing.alone():
+            return await self._send_at_once(request)
+
+    async def _send_at_once(self, request: Several[Any] | Together[Any] | Snapshot[Any]) -> Any:
         if isinstance(request, Several):
             return answer(request, await self._send_pipeline(Rounds(commands(request, None))))
         if isinstance(request, Together):
             sent = [commands(*one) for one in request.requests]
-            rounds = Rounds([one for several in sent for one in several], load_first=True)
-            return answers(request.requests, sent, await self._send_pipeline(rounds))
+            return answers(request.requests, sent, await self._send_pipeline(self._in_order(sent)))
         try:
             async with self._client.pipeline(transaction=True) as pipe:
                 for words in request.commands:
@@ -690,19 +745,46 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         while to_send := rounds.following():
             async with self._client.pipeline(transaction=False) as pipe:
                 for words in to_send:
-                    pipe.execute_command(*words)
-                rounds.take(await pipe.execute(raise_on_error=False))
+                    pipe.execute_command(*words, **_IN_BYTES)
+                try:
+                    replies = await pipe.execute(raise_on_error=False)
+                except RedisError as error:
+                    if not rounds.fail(error):
+                        raise
+                else:
+                    rounds.take(replies)
         return rounds.replies
 
     async def _publish(self, channel: str) -> None:
         await self._client.publish(channel, "")
 
+    async def _open_together(self) -> None:
+        """Open the store once for all tasks that wait for it: each would take a connection.
+
+        If the task that does so is cancelled, another one does.
+        """
+        while not self._checked:
+            if self._being_opened is not None:
+                failure = await asyncio.shield(self._being_opened)  # cancelled, it leaves it alone
+                if failure is not None:
+                    raise own_copy(failure)
+                continue
+            self._being_opened = being_opened = asyncio.get_running_loop().create_future()
+            failure = None
+            try:
+                await self._open()
+            except Exception as error:
+                failure = error
+                raise
+            finally:
+                self._being_opened = None
+                being_opened.set_result(failure)
+
     async def _open(self) -> None:
         self._refuse_if_closed()
-        opened = command(opening.open_store(self.keyspace, self.settings), None)
         async with self._client.pipeline(transaction=False) as pipe:
-            pipe.execute_command(*opened.eval)
-            pipe.execute_command(*opening.INFO)
+            for words in self._opening():
+                pipe.execute_command(*words)
             self._check_opened(await pipe.execute(raise_on_error=False))
 
     async def repeat(self, error: OutcomeUnknownError) -> Any:
@@ -728,8 +810,9 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         await self._news.aclose()
         await self.carry(self._leases.giving_all_back())
         self._closed, self._checked = True, False
-        if self._coalescing is not None:
-            await self._coalescing.aclose()
+        # If the loop of the store has ended, nothing comes back.
+        if self._coalescing is not None and vars(self).get("_loop") is asyncio.get_running_loop():
+            await self._coalescing.aclose(self.settings.deadline)
         if self._own_client:
             with suppress(RuntimeError):  # redis-py's, if the loop of the store has ended
                 await self._client.aclose()

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import World
+from waiting import until
 
 import sessionstore.news
 from sessionstore import BufferPage, SessionNotFoundError, SessionStore, SessionStoreError
@@ -171,12 +172,10 @@ def sleeps_for(store: SessionStore, monkeypatch: pytest.MonkeyPatch, *, forgets:
     pages = store.follow_output(session_id)
     store.add_output(session_id, "first")
     assert next(pages).chunks == ("first",)
-    naps: list[float] = []
 
-    def patience(_: Any, listener: sessionstore.news.Listener) -> float:
-        naps.append(0)
-        if len(naps) == 1:  # until it is subscribed
-            return 600
+    def patience(news: sessionstore.news.News, listener: sessionstore.news.Listener) -> float:
+        until(lambda: news._confirmed.issuperset(listener.channels))
+        listener.signal.clear()
         store.add_output(session_id, "between")
         assert listener.signal.wait(20)
         if forgets:

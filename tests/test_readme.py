@@ -106,6 +106,6 @@ def test_every_setting_is_in_the_readme() -> None:
 
 def test_every_public_method_is_in_the_readme() -> None:
     public = [name for name in dir(SessionStore) if not name.startswith("_")]
-    hidden = ("carry", "drain", "execute", "from_url", "worker")
+    hidden = ("carry", "drain", "execute", "follow", "from_url", "worker")
     methods = [name for name in public if name not in hidden]
     assert [name for name in methods if f"`{name}(" not in README] == []

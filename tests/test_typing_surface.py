@@ -21,11 +21,14 @@ import pytest
 import sessionstore
 from sessionstore import (
     AgentSession,
+    AsyncBatch,
     AsyncLease,
     AsyncReaper,
     AsyncSessionStore,
     AsyncWriter,
+    Batch,
     Lease,
+    Outcome,
     Reaper,
     SessionStore,
     Writer,
@@ -49,7 +52,12 @@ ORIGINAL = [
     "get_metrics",
 ]
 #: Blocking and asynchronous, of the same names.
-PAIRS = [(SessionStore, AsyncSessionStore), (Lease, AsyncLease), (Reaper, AsyncReaper)]
+PAIRS = [
+    (SessionStore, AsyncSessionStore),
+    (Lease, AsyncLease),
+    (Reaper, AsyncReaper),
+    (Batch, AsyncBatch),
+]
 HOW_REQUESTS_TRAVEL = {"carry"}
 OPERATIONS = [
     name for name, value in vars(SessionOperations).items() if isinstance(value, operation)
@@ -249,5 +257,27 @@ def test_a_mock_of_the_class_knows_the_operations() -> None:
         mocked.create_session("claude")
 
 
-def test_help_tells_of_the_operations() -> None:
-    assert "create_session(" in plain(render_doc(SessionStore))
+@pytest.mark.parametrize("shown", [SessionStore, AsyncSessionStore, Batch, AsyncBatch])
+def test_help_tells_of_the_operations(shown: type[Any]) -> None:
+    assert "create_session(" in plain(render_doc(shown))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_batch_shows_the_stores_signatures_with_outcomes(
+    store: SessionStore, async_store: AsyncSessionStore, name: str
+) -> None:
+    alone = inspect.signature(getattr(store, name))
+    for batch in (store.batch(), async_store.batch()):
+        noted = inspect.signature(getattr(batch, name))
+        assert noted.parameters == alone.parameters
+        assert str(noted.return_annotation).startswith("sessionstore._operation.Outcome[")
+        assert getattr(batch, name).__doc__ == getattr(store, name).__doc__
+        assert not inspect.iscoroutinefunction(getattr(batch, name))
+
+
+def test_an_outcome_tells_what_it_is_of(store: SessionStore) -> None:
+    with store.batch() as batch:
+        outcome = batch.ping()
+    assert isinstance(outcome, Outcome)
+    assert repr(outcome) == "<ping in a batch: done>"
+    assert Outcome.result.__doc__

@@ -22,20 +22,24 @@ import redis.asyncio
 from sessionstore import (
     AgentSession,
     AgentSessionStatus,
+    AsyncBatch,
     AsyncLease,
     AsyncReaper,
     AsyncSessionStore,
     AsyncWriter,
+    Batch,
     BufferPage,
     Drift,
     InvalidArgumentError,
     Lease,
     LeaseLostError,
+    Outcome,
     OutcomeUnknownError,
     Problem,
     Reaped,
     Reaper,
     SessionBusyError,
+    SessionEvent,
     SessionMetrics,
     SessionNotActiveError,
     SessionStatusError,
@@ -205,6 +209,25 @@ async def leases_async(store: AsyncSessionStore) -> None:
     await store.update_status("id", "active", force=True)
 
 
+def following(store: SessionStore) -> None:
+    for page in store.follow_output("id", 5):
+        assert_type(page, BufferPage)
+        assert_type(page.deleted, bool)
+    assert_type(store.follow_errors("id"), Iterator[BufferPage])
+    for event in store.watch("0"):
+        assert_type(event, SessionEvent)
+        assert_type(event.at, datetime)
+        assert_type(event.gap, bool)
+
+
+async def following_async(store: AsyncSessionStore) -> None:
+    async for page in store.follow_output("id"):
+        assert_type(page, BufferPage)
+    assert_type(store.follow_errors("id", cursor=1), AsyncIterator[BufferPage])
+    async for event in store.watch():
+        assert_type(event.cursor, str)
+
+
 def writers(store: SessionStore, process: subprocess.Popen[bytes]) -> None:
     with store.writer("id") as entered:
         assert_type(entered, Writer)
@@ -237,6 +260,42 @@ async def writers_async(store: AsyncSessionStore) -> None:
     assert_type(await out.flush(), None)
     assert_type(await out.close(), None)
     assert_type(out.closed, bool)
+
+
+def batches(store: SessionStore) -> None:
+    with store.batch() as batch:
+        assert_type(batch, Batch)
+        created = batch.create_session("claude", "service-1", "/src", metadata={"branch": "main"})
+        assert_type(created, Outcome[AgentSession])
+        added = batch.add_output("id", "text", b"bytes")
+        assert_type(added, Outcome[int])
+        assert_type(batch.update_status("id", "busy", expected="active"), Outcome[None])
+        assert_type(batch.find_session("id", tail=0), Outcome[AgentSession | None])
+        assert_type(batch.get_all_sessions(tail=1), Outcome[list[AgentSession]])
+        assert_type(batch.get_metrics(), Outcome[SessionMetrics])
+        assert_type(batch.read_output("id", 5), Outcome[BufferPage])
+        assert_type(batch.delete_session("id", force=True), Outcome[bool])
+        assert_type(batch.reap(idle_for=60), Outcome[list[Reaped]])
+        assert_type(len(batch), int)
+    assert_type(added.result(), int)
+    assert_type(created.result(), AgentSession)
+    assert_type(added.error, Exception | None)
+    assert_type(added.is_known, bool)
+    assert_type(added.operation, str)
+    for outcome in batch:
+        print(outcome.error)
+
+
+async def batches_async(store: AsyncSessionStore) -> None:
+    async with store.batch() as batch:
+        assert_type(batch, AsyncBatch)
+        added = batch.add_output("id", "text")
+        assert_type(added, Outcome[int])
+        assert_type(batch.get_session("id"), Outcome[AgentSession])
+        assert_type(batch.update_metadata("id", {"pid": None}), Outcome[None])
+        assert_type(batch.reap(), Outcome[list[Reaped]])
+    assert_type(added.result(), int)
+    AsyncSessionStore.from_url("redis://", coalesce=False)
 
 
 def reaping(store: SessionStore, told: Reaped) -> None:
@@ -362,6 +421,10 @@ def refused(store: SessionStore, url: str) -> None:
     store.repair("id")  # type: ignore[call-arg]
     store.writer("id", True)  # type: ignore[call-arg]
     store.writer("id").write(5)  # type: ignore[arg-type]
+    with store.batch() as batch:
+        batch.add_output("id", 5)  # type: ignore[arg-type]
+        batch.get_session("id").status  # type: ignore[attr-defined]  # noqa: B018
+        batch.claim("id")  # type: ignore[attr-defined]
 
 
 async def refused_async(store: AsyncSessionStore, client: redis.Redis) -> None:
@@ -377,6 +440,10 @@ async def refused_async(store: AsyncSessionStore, client: redis.Redis) -> None:
     store.claim("id").renew()  # type: ignore[attr-defined]
     with store.claim("id"):  # type: ignore[attr-defined]
         pass
+    with store.batch():  # type: ignore[attr-defined]
+        pass
+    async with store.batch() as batch:
+        await batch.add_output("id", "x")  # type: ignore[misc]
     lease: AsyncLease = store.claim("id")  # type: ignore[assignment]
     lease.release()  # type: ignore[unused-coroutine]
     store.writer("id").write("text")  # type: ignore[unused-coroutine]

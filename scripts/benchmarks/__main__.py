@@ -14,6 +14,7 @@ from pathlib import Path
 import bounds
 import imports
 import leases
+import live
 import operations
 import plot
 import redis
@@ -49,6 +50,16 @@ def main() -> None:
         parts.append(_told(leases.measure(server, *((10, 50) if quick else (40, 200)))))
     with PrivateServer(program) as server, cores_awake():
         parts.append(_told(bounds.measure(server, *((5, 50) if quick else (40, 200)))))
+    with PrivateServer(program) as server:
+        parts.append(_told(live.coalescing(server, *((3, 2000) if quick else (15, 10_000)))))
+    with PrivateServer(program) as server:
+        parts.append(_told(live.writers(server, *((2, 50_000) if quick else (7, 500_000)))))
+    with PrivateServer(program) as server:
+        parts.append(_told(live.latencies(server, 50 if quick else 1000)))
+    with PrivateServer(program) as server:
+        parts.append(_told(live.followers(server, 1.0 if quick else 5.0)))
+    with PrivateServer(program) as server:
+        parts.append(_told(live.for_long(server, 64 if quick else 1024)))
     sizes = [100, 1_000, 5_000] if quick else [100, 1_000, 10_000, 50_000, 200_000]
     with PrivateServer(program) as server, cores_awake():
         costs, figures = scale.costs(server, sizes, 10 if quick else 50)

@@ -79,9 +79,10 @@ def events(
             for event in kept:
                 telling.tell(event)
             cursor = kept[-1].cursor if kept else after or OLDEST
+        else:
+            store.ping()  # not to be reached from the beginning is an error
         if follow:
             end_with_the_reader()
-            store.ping()
             live = through_outages(
                 store.watch,
                 cursor,
