@@ -23,9 +23,9 @@ def real(server: PrivateServer) -> Iterator[World]:
     world.close()
 
 
-def create(store: Any, number: int) -> list[str]:
+def create(store: Any, number: int, kind: str = "claude") -> list[str]:
     with store.batch() as batch:
-        made = [batch.create_session("claude", "service-1", "/src") for _ in range(number)]
+        made = [batch.create_session(kind, "service-1", "/src") for _ in range(number)]
     return [one.result().id for one in made]
 
 
@@ -37,7 +37,10 @@ def test_live_and_ended_sessions_are_in_one_order_by_activity_beyond_a_page(real
     for session_id in ended:
         store.update_status(session_id, "terminated")
     last = create(store, MANY)
+    others = create(store, 980, "codex")  # a page of candidates with hardly a row
     found = store.find_sessions(order="-last_activity")
+    assert ids(found) == [*first, *ended, *last, *others][::-1]
+    found = store.find_sessions(order="-last_activity", type="claude")
     assert ids(found) == [*first, *ended, *last][::-1]
 
 

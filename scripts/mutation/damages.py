@@ -670,7 +670,7 @@ READING = [
     _damage(
         "read_buffer", "a cursor beyond the end stays there",
         "math.min(math.max(cursor, oldest), total)", "math.max(cursor, oldest)",
-        MODEL, BUFFERS,
+        BUFFERS,
     ),
     _damage(
         "read_buffer", "a page has one entry too many",
