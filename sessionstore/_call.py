@@ -27,7 +27,8 @@ class Call(Generic[T]):
 
     ``lane`` is None for a read. For a write it names the key of a lane in the same hash slot as
     ``keys``: the store puts that key before ``keys`` and the write's sequence number before
-    ``args`` (see ``lanes.py``).
+    ``args`` (see ``lanes.py``). ``unopened``: it is sent without a look at the namespace's layout
+    and at the server, by the doctor, who looks at both himself.
     """
 
     script: str
@@ -35,6 +36,7 @@ class Call(Generic[T]):
     args: Sequence[str | int]
     decode: Callable[[Any], T | Request[T]]
     lane: Callable[[str], str] | None = None
+    unopened: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class Snapshot(Generic[T]):
     instead: Call[Any]
     decode: Callable[[Any], T | Request[T]]
     lane: ClassVar[None] = None
+    unopened: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,11 @@ class Several(Generic[T]):
     calls: Sequence[Call[Any]]
     decode: Callable[[list[Any]], T | Request[T]]
     lane: ClassVar[None] = None
+
+    @property
+    def unopened(self) -> bool:
+        """Whether all are."""
+        return all(call.unopened for call in self.calls)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +83,7 @@ class Together(Generic[T]):
     attempts: Any
     decode: Callable[[list[Any]], T | Request[T]]
     lane: ClassVar[None] = None
+    unopened: ClassVar[bool] = False
 
 
 Request: TypeAlias = Call[T] | Snapshot[T] | Several[T] | Together[T]
@@ -103,7 +112,28 @@ def then(request: Request[T], use: Callable[[T], U | Request[U]]) -> Request[U]:
         return Several(request.calls, decode)
     if isinstance(request, Together):
         return Together(request.requests, request.attempts, decode)
-    return Call(request.script, request.keys, request.args, decode, request.lane)
+    return Call(request.script, request.keys, request.args, decode, request.lane, request.unopened)
+
+
+def stepwise(
+    first: Request[U], steps: Callable[[U], Generator[Request[Any], Any, T]]
+) -> Request[T]:
+    """A request, and those that a generator made from its result asks for one after another."""
+
+    def begin(result: U) -> T | Request[T]:
+        generator = steps(result)
+
+        def advance(value: Any) -> T | Request[T]:
+            try:
+                request = generator.send(value)
+            except StopIteration as end:
+                last: T = end.value
+                return last
+            return then(request, advance)
+
+        return advance(None)
+
+    return then(first, begin)
 
 
 def one_after_another(calls: Sequence[Call[list[T]]]) -> Request[list[T]]:
@@ -118,7 +148,7 @@ def one_after_another(calls: Sequence[Call[list[T]]]) -> Request[list[T]]:
             items.extend(some)
             return items if number + 1 == len(calls) else following(number + 1)
 
-        return Call(call.script, call.keys, call.args, decode, call.lane)
+        return Call(call.script, call.keys, call.args, decode, call.lane, call.unopened)
 
     return following(0)
 

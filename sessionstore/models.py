@@ -83,6 +83,67 @@ class Reaped(BaseModel, frozen=True):
     owner: str | None = None
 
 
+ProblemKind = Literal[
+    "index_missing",
+    "index_score",
+    "index_stray",
+    "index_orphan",
+    "buffer_orphan",
+    "buffer_total",
+    "buffer_bytes",
+    "buffer_over_bound",
+    "field_restored",
+    "field_unreadable",
+    "lease_torn",
+    "lease_overdue",
+    "wrong_type",
+    "expiry",
+    "lane_lasting",
+    "wrong_partition",
+    "unknown_key",
+    "layout",
+    "layout_missing",
+    "drift",
+    "server",
+]
+
+
+class Problem(BaseModel, frozen=True):
+    """What ``check`` has found, or ``repair``; the README has the kinds.
+
+    ``mending`` says what ``repair`` does about it, or who else must; ``mendable`` is whether
+    ``repair`` does, ``repaired`` whether it has. A ``warning`` is about what may go wrong: nothing
+    is damaged.
+    """
+
+    kind: ProblemKind
+    key: str
+    session_id: str | None = None
+    message: str
+    mending: str
+    mendable: bool = True
+    warning: bool = False
+    repaired: bool = False
+
+
+class Drift(BaseModel, frozen=True):
+    """Three ways to count all sessions; they differ only if an index has been damaged.
+
+    ``sessions``: listed by creation; ``by_status``, ``by_type``: the sums over all statuses and
+    types; ``by_time``: live ones by activity and ended ones by their end.
+    """
+
+    sessions: int
+    by_status: int
+    by_type: int
+    by_time: int
+
+    @property
+    def found(self) -> bool:
+        """Whether they differ."""
+        return len({self.sessions, self.by_status, self.by_type, self.by_time}) > 1
+
+
 class BufferPage(BaseModel, frozen=True):
     """A stretch of a buffer.
 

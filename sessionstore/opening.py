@@ -51,13 +51,20 @@ def check_layout(reply: Any, settings: StoreSettings) -> None:
     Raises:
         SchemaMismatchError: says what was found, and what this version works with.
     """
-    found = codec.hash_fields(reply)
+    refused = other_layout(codec.hash_fields(reply), settings)
+    if refused:
+        raise SchemaMismatchError(refused)
+
+
+def other_layout(found: Mapping[str, str], settings: StoreSettings) -> str:
+    """What is different in a namespace's layout, and what to do; empty if nothing is."""
     for name, ours in _layout(settings).items():
         if found.get(name) != ours:
-            raise SchemaMismatchError(
+            return (
                 f"namespace {settings.namespace!r} has {name} {found.get(name)!r}, this store "
                 f"has {ours!r}: {_REMEDY[name]}, or use another namespace"
             )
+    return ""
 
 
 def check_server(info: Any, settings: StoreSettings) -> None:

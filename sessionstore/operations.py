@@ -17,6 +17,7 @@ from sessionstore import arguments as check
 from sessionstore import codec, following, reading
 from sessionstore._call import Call, Feed, Live, Request, Several, one_after_another, then
 from sessionstore._operation import feed, operation
+from sessionstore.doctor import Doctor, drift_of
 from sessionstore.errors import SessionNotFoundError
 from sessionstore.keys import Keys, Keyspace, new_session_id
 from sessionstore.listing import CREATED, Filters, Listing, Order, earliest_of_service
@@ -25,6 +26,8 @@ from sessionstore.models import (
     AgentSession,
     AgentSessionStatus,
     BufferPage,
+    Drift,
+    Problem,
     Reaped,
     SessionEvent,
     SessionMetrics,
@@ -554,6 +557,35 @@ class SessionOperations:
             )
 
         return one_after_another([of_partition(keys) for keys in self.keyspace.all])
+
+    @feed
+    def check(self) -> Feed[Problem, Any]:
+        """Look for what disagrees between sessions and indexes; change nothing.
+
+        Each session is judged as it is at one moment, so workers may go on writing meanwhile. The
+        server's settings and the namespace's layout are looked at too: this works where no store
+        could be opened. A session that is there from start to end is examined.
+        """
+        return Doctor(self.keyspace, self.settings, repairs=False).feed()
+
+    @feed
+    def repair(self) -> Feed[Problem, Any]:
+        """Mend what ``check`` would find, while workers write, and tell it.
+
+        The hash of a session is the truth; indexes are made to follow it, in the script that finds
+        that they do not. What no session accounts for is set aside under ``quarantine``, never
+        destroyed. Mending goes on as the iterator does; what was not reached is left as it was, and
+        a second run finds only what repair leaves to people (``mendable`` is False).
+        """
+        return Doctor(self.keyspace, self.settings, repairs=True).feed()
+
+    @operation
+    def drift(self) -> Request[Drift]:
+        """Count all sessions in several ways, at the same cost however many there are.
+
+        They differ only if an index has been damaged: a cheap sign that ``check`` is due.
+        """
+        return drift_of(self.keyspace)
 
     @operation
     def ping(self) -> Call[bool]:

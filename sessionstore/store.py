@@ -172,6 +172,10 @@ class _Store(SessionOperations):
         error.pending = None
         return pending
 
+    def _must_open(self, request: Request[Any]) -> bool:
+        self._refuse_if_closed()
+        return not request.unopened
+
     def _opening(self) -> list[Words]:
         """The commands that are sent before all others: what they tell, ``_check_opened`` reads."""
         opened = command(opening.open_store(self.keyspace, self.settings), None)
@@ -389,7 +393,7 @@ class SessionStore(_Store, SyncExecutor):
             try:
                 while True:
                     try:
-                        if not self._checked:
+                        if not self._checked and self._must_open(request):
                             self._open()
                         reply = self._send(request, lane)
                         break
@@ -679,7 +683,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
             try:
                 while True:
                     try:
-                        if not self._checked:
+                        if not self._checked and self._must_open(request):
                             await self._open_together()
                         reply = await self._send(request, lane)
                         break

@@ -61,6 +61,18 @@ EVERY_SERVER = "--every-server"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(EVERY_SERVER, action="store_true", help="run each test on every server")
+    parser.addoption(
+        "--model-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="take so many steps beside the model (test_model.py), with a check after each",
+    )
+    parser.addoption(
+        "--model-as-found",
+        action="store_true",
+        help="do not look for the fewest steps that fail, which takes minutes",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

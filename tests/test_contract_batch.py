@@ -125,6 +125,7 @@ CALLS: dict[str, list[Callable[[Any, str], Any]]] = {
         lambda s, own: s.update_metadata(own, {f"name{n}": "" for n in range(64)}),
     ],
     "reap": [lambda s, _: s.reap(), lambda s, _: s.reap(idle_for=3600, ended_for=0, limit=1)],
+    "drift": [lambda s, _: s.drift()],
     "ping": [lambda s, _: s.ping()],
 }
 

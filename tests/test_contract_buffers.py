@@ -131,6 +131,15 @@ def test_a_page_ends_at_one_mebibyte(store: Any, sizes: list[int]) -> None:
     assert found == entries or pytest.fail("the entries differ")
 
 
+def test_an_entry_larger_than_a_page_is_a_page_of_its_own(world: Any) -> None:
+    store = world.store(chunk_limit=2 * MIB)
+    session_id = create(store)
+    entries = ["before", "x" * (MIB + 1), "after"]
+    store.add_output(session_id, *entries)
+    found = [store.read_output(session_id, cursor) for cursor in range(len(entries))]
+    assert [page.chunks for page in found] == [(entry,) for entry in entries]
+
+
 # ---- Bounds ------------------------------------------------------------------------------------
 
 

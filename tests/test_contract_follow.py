@@ -7,6 +7,7 @@ Written once, over both stores and every target. What needs real connections to 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -54,6 +55,44 @@ def meanwhile(act: Callable[[], object]) -> Iterator[None]:
 
 def entries(pages: Iterable[BufferPage]) -> list[str]:
     return [entry for page in pages for entry in page.chunks]
+
+
+# ---- What wakes --------------------------------------------------------------------------------
+
+
+def test_every_change_of_a_buffer_and_every_event_is_published_once(
+    world: World, store: Any
+) -> None:
+    with world.redis.pubsub(ignore_subscribe_messages=True) as listening:
+        listening.psubscribe(f"{{{world.namespace}*")
+        listening.get_message(timeout=5)
+        session_id = create(store)
+        store.add_output(session_id, "one", "two")
+        store.add_error(session_id, "error")
+        store.update_status(session_id, "terminated")
+        store.update_status(session_id, "error")
+        store.delete_session(session_id)
+        events = f"{world.prefix_of(session_id)}events"
+        output, errors = (world.session(session_id, part) for part in (":output", ":errors"))
+        expected = [
+            (events, "created"),
+            (output, "2"),
+            (errors, "1"),
+            (output, "ended"),
+            (errors, "ended"),
+            (events, "status_changed"),
+            (events, "status_changed"),
+            (events, "deleted"),
+            (output, "deleted"),
+            (errors, "deleted"),
+        ]
+        published: list[tuple[str, str]] = []
+        give_up = time.monotonic() + 10
+        while len(published) < len(expected) and time.monotonic() < give_up:
+            message = listening.get_message(timeout=0.1)
+            if message is not None:
+                published.append((message["channel"], message["data"]))
+    assert published == expected
 
 
 # ---- What comes, and in which order ------------------------------------------------------------

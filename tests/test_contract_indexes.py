@@ -13,8 +13,15 @@ from typing import Any
 import pytest
 import redis
 from consistency import ENDED, assert_consistent, expected_metrics, microseconds, sessions_of
+from moments import everything
 
-from sessionstore import SessionNotFoundError, SessionStoreError, UnreadableSessionError
+import sessionstore.operations
+from sessionstore import (
+    SessionExistsError,
+    SessionNotFoundError,
+    SessionStoreError,
+    UnreadableSessionError,
+)
 from sessionstore.models import STATUSES
 
 MISSING = "agent_claude_00000000-0000-4000-8000-000000000000"
@@ -172,6 +179,19 @@ def test_a_write_to_a_missing_session_leaves_no_key_behind(
     assert store.delete_session(MISSING) is False
     left = {key.split(":")[0] for key in world.keys()}  # noqa: SIM118
     assert left == {"meta", "lane"}
+
+
+def test_an_id_that_is_taken_is_refused_and_nothing_changes(
+    world: Any, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the creation is sent again after its lane has run out."""
+    session_id = create(store)
+    monkeypatch.setattr(sessionstore.operations, "new_session_id", lambda *_: session_id)
+    before = everything(world)
+    with pytest.raises(SessionExistsError) as refused:
+        store.create_session("codex", "service-1", "/elsewhere")
+    assert refused.value.session_id == session_id
+    assert everything(world) == before
 
 
 def test_memory_for_lanes_is_bounded_by_concurrency_and_not_by_traffic(

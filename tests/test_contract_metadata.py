@@ -82,6 +82,13 @@ def test_at_the_limit_names_can_be_changed_removed_and_replaced(
     assert metadata(store, session_id) == expected
 
 
+def test_removing_a_name_that_is_not_there_makes_no_room(store: Any, session_id: str) -> None:
+    store.update_metadata(session_id, FULL)
+    with pytest.raises(MetadataLimitError):
+        store.update_metadata(session_id, {"one-more": "", "never-set": None})
+    assert metadata(store, session_id) == FULL
+
+
 def test_a_session_may_be_created_with_64_names(store: Any) -> None:
     session = store.create_session("claude", "service-2", "/src", metadata=FULL)
     assert store.get_session(session.id).metadata == FULL

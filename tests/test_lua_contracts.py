@@ -35,6 +35,10 @@ LUA = Path(sessionstore.__file__).parent / "lua"
 SCRIPTS = sorted(path.stem for path in LUA.glob("*.lua"))
 INCLUDES = sorted(path.stem for path in (LUA / "include").glob("*.lua"))
 INTERNAL = {"find_deleted", "open_store", "read_buffer", "read_events", "read_whole"}
+OF_THE_DOCTOR = {
+    *("check_server", "check_keys", "check_sessions", "check_indexes", "check_members"),
+    *("check_buffer", "repair_session", "repair_key", "repair_buffer"),
+}
 OF_LEASES = {"claim", "renew"}  # operations of a store and of a lease, more than one round trip
 
 WRITING = (
@@ -83,7 +87,7 @@ def test_a_header_says_what_goes_in_and_what_comes_out(script: str) -> None:
 
 @every_script
 def test_a_script_is_named_for_its_operation(script: str) -> None:
-    assert hasattr(SessionOperations, script) or script in INTERNAL | OF_LEASES
+    assert hasattr(SessionOperations, script) or script in INTERNAL | OF_LEASES | OF_THE_DOCTOR
 
 
 @every_script
@@ -103,6 +107,13 @@ def test_a_script_that_changes_keys_is_guarded_by_its_lane(script: str) -> None:
     changes = re.search(writes, load(script).text) is not None
 
     assert changes == ("once" in includes_of(text_of(script)) or script == "open_store")
+
+
+@pytest.mark.parametrize("script", sorted(one for one in OF_THE_DOCTOR if one[:5] == "check"))
+def test_a_check_has_no_command_that_writes(script: str) -> None:
+    """Commands that mend are values there, which only a repair carries out."""
+    assert "redis.call(unpack(" not in load(script).text
+    assert "redis.call(command" not in text_of(script)
 
 
 @every_script
@@ -240,7 +251,7 @@ class Bytecode:
     def _string(self) -> str:
         text = self._bytes[self._at + 8 :][: self._take("Q")]
         self._at += len(text)
-        return text[:-1].decode()
+        return text[:-1].decode(errors="replace")
 
     def _constant(self) -> str:
         kind = self._take("B")

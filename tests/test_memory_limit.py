@@ -23,6 +23,7 @@ from faults import seeded
 from redis.exceptions import OutOfMemoryError
 
 from sessionstore import (
+    LeaseLostError,
     ServiceSessionInUseError,
     SessionBusyError,
     SessionNotActiveError,
@@ -232,6 +233,16 @@ def test_a_lease_is_ended_by_force_at_the_limit(full: Filled) -> None:
     full.store.update_status(full.ids[0], "active", force=True)
     assert full.store.delete_session(full.ids[1], force=True) is True
     assert_consistent(full.world)
+
+
+def test_a_lost_lease_is_told_at_the_limit(full: Filled) -> None:
+    lease = full.store.claim(full.ids[0], ttl=3600)
+    full.world.store(worker="other").update_status(full.ids[0], "active", force=True)
+    assert_full(full)
+    with pytest.raises(LeaseLostError):
+        lease.renew()
+    assert lease.lost
+    assert full.store.delete_session("agent_claude_00000000-0000-4000-8000-000000000000") is False
 
 
 def test_the_dead_are_reaped_at_the_limit(full: Filled) -> None:

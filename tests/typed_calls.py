@@ -29,11 +29,13 @@ from sessionstore import (
     AsyncWriter,
     Batch,
     BufferPage,
+    Drift,
     InvalidArgumentError,
     Lease,
     LeaseLostError,
     Outcome,
     OutcomeUnknownError,
+    Problem,
     Reaped,
     Reaper,
     SessionBusyError,
@@ -322,6 +324,29 @@ async def reaping_async(store: AsyncSessionStore) -> None:
     assert_type(await reaper.stop(), None)
 
 
+def doctor(store: SessionStore) -> None:
+    assert_type(store.check(), Iterator[Problem])
+    assert_type(store.repair(), Iterator[Problem])
+    for problem in store.repair():
+        assert_type(problem.key, str)
+        assert_type(problem.session_id, str | None)
+        assert_type(problem.message, str)
+        assert_type(problem.mending, str)
+        assert_type(problem.repaired, bool)
+        assert_type(problem.warning, bool)
+    assert_type(store.drift(), Drift)
+    assert_type(store.drift().found, bool)
+    assert_type(store.drift().sessions, int)
+
+
+async def doctor_async(store: AsyncSessionStore) -> None:
+    assert_type(store.check(), AsyncIterator[Problem])
+    async for problem in store.repair():
+        assert_type(problem, Problem)
+        print(problem.kind == "index_missing")
+    assert_type(await store.drift(), Drift)
+
+
 def values(session: AgentSession, page: BufferPage, metrics: SessionMetrics) -> None:
     assert_type(session.status, AgentSessionStatus)
     assert_type(session.created_at, datetime)
@@ -393,6 +418,7 @@ def refused(store: SessionStore, url: str) -> None:
     store.claim("id").release(status="asleep")  # type: ignore[arg-type]
     store.reap(60)  # type: ignore[call-arg]
     store.delete_session("id", True)  # type: ignore[call-arg]
+    store.repair("id")  # type: ignore[call-arg]
     store.writer("id", True)  # type: ignore[call-arg]
     store.writer("id").write(5)  # type: ignore[arg-type]
     with store.batch() as batch:
@@ -409,6 +435,8 @@ async def refused_async(store: AsyncSessionStore, client: redis.Redis) -> None:
     for _ in store.get_all_sessions():  # type: ignore[attr-defined]
         pass
     AsyncSessionStore(client)  # type: ignore[arg-type]
+    for _ in store.check():  # type: ignore[attr-defined]
+        pass
     store.claim("id").renew()  # type: ignore[attr-defined]
     with store.claim("id"):  # type: ignore[attr-defined]
         pass

@@ -18,6 +18,7 @@ import typer
 
 from sessionstore import SessionNotActiveError, __version__
 from sessionstore.cli import failures, look, terminal
+from sessionstore.cli.doctor import doctor
 from sessionstore.cli.events import events
 from sessionstore.cli.failures import CommandError
 from sessionstore.cli.options import (
@@ -253,7 +254,7 @@ def _name_and_value(text: str) -> tuple[str, str]:
     return name, value
 
 
-# ---- Looking, removing, reaping ------------------------------------------------------------------
+# ---- Looking, removing, reaping, mending ---------------------------------------------------------
 
 app.command("ls")(look.list_sessions)
 app.command("show")(look.show)
@@ -262,6 +263,7 @@ app.command("events")(events)
 app.command("metrics")(look.metrics)
 app.command("rm")(look.remove)
 app.command("reap")(reap)
+app.command("doctor")(doctor)
 
 
 # ---- Trying it out ----------------------------------------------------------------------------

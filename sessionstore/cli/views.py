@@ -1,4 +1,4 @@
-"""What ``ls``, ``show``, ``metrics``, ``events`` and ``reap`` look like on a terminal.
+"""What ``ls``, ``show``, ``metrics``, ``events``, ``reap`` and ``doctor`` look like on a terminal.
 
 Every value passes through ``terminal.one_line`` on its way into a ``Text``, and a ``Text`` knows
 no markup: ``[red]`` in an agent's line is just that.
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from sessionstore.cli import terminal
-from sessionstore.models import AgentSession, Reaped, SessionEvent, SessionMetrics
+from sessionstore.models import AgentSession, Problem, Reaped, SessionEvent, SessionMetrics
 
 STATUS_STYLES = {
     "starting": "cyan",
@@ -321,6 +321,19 @@ def reaped_lines(
         yield line
         if not beside:
             yield Text(_INDENT + row["reason"], style="dim")
+
+
+# ---- doctor -----------------------------------------------------------------------------------
+
+
+def problem_lines(problem: Problem) -> Iterator[Text]:
+    """One problem: its kind and where; below what is wrong, and what is done about it."""
+    style = "green" if problem.repaired else "yellow" if problem.warning else "bold red"
+    key = terminal.one_line(problem.key)
+    yield Text.assemble((problem.kind, style), " " * _GAP, (key, "bold"))
+    yield Text(_INDENT + terminal.one_line(problem.message))
+    done = "mended" if problem.repaired else "mending" if problem.mendable else "left"
+    yield Text(f"{_INDENT}{done}: {terminal.one_line(problem.mending)}", style="dim")
 
 
 # ---- metrics ----------------------------------------------------------------------------------

@@ -159,6 +159,11 @@ def _run(
             refresh()
         findings = verify(url, namespace, directory, progress.codes, accident)
         findings.problems += progress.failures
+        findings.problems += [
+            f"doctor: {one.kind} {one.key}: {one.message}"
+            for one in store.check()
+            if not one.warning
+        ]
         findings.expect("jobs that ended", len(progress.codes), len(progress.jobs))
         if victim is not None:
             findings.expect("the killed worker's job", accident.stage, Stage.FINISHED)

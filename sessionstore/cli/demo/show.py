@@ -148,6 +148,9 @@ class Printed(Quiet):
                     f"{accident.finished_by} claimed it and finished the job",
                     "green",
                 )
+            self._line(
+                "  ✓ the doctor compared all sessions and indexes: nothing is wrong", "green"
+            )
 
     def redis_cli(self, url: str, namespace: str, session_id: str) -> None:
         prefix = f"{{{namespace}}}:"
