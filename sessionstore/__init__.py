@@ -13,6 +13,8 @@ from logging import NullHandler, getLogger
 from sessionstore._operation import Outcome
 from sessionstore.batch import AsyncBatch, Batch
 from sessionstore.errors import (
+    ImportConflictError,
+    ImportFormatError,
     InvalidArgumentError,
     LeaseLostError,
     MetadataLimitError,
@@ -34,6 +36,7 @@ from sessionstore.models import (
     AgentSession,
     AgentSessionStatus,
     BufferPage,
+    Imported,
     Reaped,
     SessionEvent,
     SessionMetrics,
@@ -58,6 +61,9 @@ __all__ = [
     "AsyncWriter",
     "Batch",
     "BufferPage",
+    "ImportConflictError",
+    "ImportFormatError",
+    "Imported",
     "InvalidArgumentError",
     "Lease",
     "LeaseLostError",
