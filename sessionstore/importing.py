@@ -28,12 +28,11 @@ from sessionstore import arguments as check
 from sessionstore import codec
 from sessionstore._call import Call, Steps
 from sessionstore.errors import (
+    PASSING,
     ImportConflictError,
     ImportFormatError,
     InvalidArgumentError,
-    OutcomeUnknownError,
     SessionExistsError,
-    SessionStoreError,
 )
 from sessionstore.exporting import BUFFERS, COUNTS, FORMAT, Row, one_row, piece
 from sessionstore.keys import Keys, Keyspace, fits
@@ -53,6 +52,8 @@ ENTRY_OVERHEAD = 16  # bytes, as in append.lua
 _ID = re.compile(r"agent_.+_[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.DOTALL)
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+#: After these a session is yet to be stored, now or by the next import.
+_KEEPING_WHAT_IS_STAGED: tuple[type[Exception], ...] = (SessionExistsError, *PASSING)
 #: A lease and the reaper's mark are not carried over as they are.
 _OF_LEASES = ("fence", "lease_expires_at", "reap_seen_ms")
 
@@ -85,7 +86,8 @@ def _whole(value: Any, what: str) -> int:
 def _list(value: Any, what: str) -> list[Any]:
     if not isinstance(value, list):
         raise _InvalidError(f"{what} is no list: {value!r:.80}")
-    return cast("Any", value)
+    listed: list[Any] = cast("Any", value)
+    return listed
 
 
 def _microseconds(text: str, name: str) -> int:
@@ -319,7 +321,7 @@ class Import:
         self._line = 0
         self._is_begun = self._is_ended = False
         self._session: _Session | None = None
-        self._seen = dict.fromkeys(COUNTS, 0)
+        self._seen: dict[str, int] = dict.fromkeys(COUNTS, 0)
         self._done: dict[str, int] = {
             name: 0 for name in Imported.model_fields if name != "differing_ids"
         }
@@ -526,9 +528,9 @@ class Import:
             raise SessionExistsError.from_details({"session_id": head.id})
         try:
             yield self._storing(session, head, replace=replace)
-        except (SessionExistsError, OutcomeUnknownError):
+        except _KEEPING_WHAT_IS_STAGED:
             raise
-        except SessionStoreError:
+        except Exception:
             for buffer in session.buffers.values():
                 yield from self._drop(session, buffer)
             raise

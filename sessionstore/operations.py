@@ -414,10 +414,10 @@ class SessionOperations:
                 file.writelines(store.export_sessions())
 
         Each line is JSON and ends with a newline. They hold the sessions' fields, buffers,
-        positions and times; ``import_sessions`` makes the same sessions of them. Nothing is changed, and
-        workers go on meanwhile: each session is as it was when it was read. One that cannot be read
-        is told of in its place, logged, and counted in the last line. The filters are those of
-        ``find_sessions``.
+        positions and times; ``import_sessions`` makes the same sessions of them. Nothing is
+        changed, and workers go on meanwhile: each session is as it was when it was read. One that
+        cannot be read is told of in its place, logged, and counted in the last line. The filters
+        are those of ``find_sessions``.
         """
         filters = Filters(
             type, status, task_id, mcp_session_id, service_session_id, owner, idle_for

@@ -375,10 +375,20 @@ def exported(size: int = 0) -> list[str]:
     """An export of one session, whose output is staged if it is large."""
     time = iso_of(5_000)
     fields = {
-        **{"id": IMPORTED_ID, "type": "claude", "status": "busy", "service_session_id": "s"},
-        **{"project_path": "/", "task_id": "task", "mcp_session_id": "mcp", "created_at": time},
-        **{"last_activity": time, "owner": "other:1", "fence": "5", "lease_expires_at": time},
-        **{"output_total": "2", "error_total": "1"},
+        "id": IMPORTED_ID,
+        "type": "claude",
+        "status": "busy",
+        "service_session_id": "s",
+        "project_path": "/",
+        "task_id": "task",
+        "mcp_session_id": "mcp",
+        "created_at": time,
+        "last_activity": time,
+        "owner": "other:1",
+        "fence": "5",
+        "lease_expires_at": time,
+        "output_total": "2",
+        "error_total": "1",
     }
     lines: list[dict[str, Any]] = [
         {"sessionstore": "export", "format": 1, "schema": "1"},
