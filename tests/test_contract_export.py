@@ -318,8 +318,7 @@ DIFFERENCES: dict[str, Callable[[Any, str], Any]] = {
 }
 
 
-@pytest.mark.parametrize("what", DIFFERENCES)
-@pytest.mark.parametrize("size", [1, 200])
+@pytest.mark.parametrize(("what", "size"), [*zip(DIFFERENCES, (200, 1, 200, 1), strict=True)])
 def test_a_session_that_differs_is_never_overwritten_unasked(
     world: Any, fresh: Callable[..., Namespace], what: str, size: int
 ) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import shutil
 import subprocess
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import redirect_stdout
 from datetime import datetime
 from typing import Any, Literal, assert_type
@@ -27,6 +27,8 @@ from sessionstore import (
     AsyncSessionStore,
     AsyncWriter,
     BufferPage,
+    Imported,
+    ImportFormatError,
     InvalidArgumentError,
     Lease,
     LeaseLostError,
@@ -312,6 +314,29 @@ def passed_on(store: SessionStore, astore: AsyncSessionStore) -> None:
     print(add, find, afind)
 
 
+# ---- Export and import -------------------------------------------------------------------------
+
+
+def transfer(store: SessionStore, path: str) -> None:
+    assert_type(store.export_sessions(), Iterator[str])
+    with open(path, "w") as file:
+        file.writelines(store.export_sessions(type="claude", status=["active"], idle_for=60))
+    with open(path, "rb") as lines:
+        done = store.import_sessions(lines, existing="skip", dry_run=True)
+    assert_type(done, Imported)
+    assert_type(done.differing_ids, tuple[str, ...])
+    try:
+        store.import_sessions(store.export_sessions())
+    except ImportFormatError as error:
+        assert_type(error.line, int | None)
+
+
+async def transfer_async(store: AsyncSessionStore, other: AsyncSessionStore) -> None:
+    assert_type(store.export_sessions(owner="w"), AsyncIterator[str])
+    assert_type(await other.import_sessions(store.export_sessions()), Imported)
+    assert_type(await other.import_sessions(["{}"], existing="replace"), Imported)
+
+
 # ---- Refused -----------------------------------------------------------------------------------
 
 
@@ -336,6 +361,9 @@ def refused(store: SessionStore, url: str) -> None:
     store.delete_session("id", True)  # type: ignore[call-arg]
     store.writer("id", True)  # type: ignore[call-arg]
     store.writer("id").write(5)  # type: ignore[arg-type]
+    store.import_sessions([], existing="merge")  # type: ignore[arg-type]
+    store.import_sessions([], "skip")  # type: ignore[call-arg]
+    store.import_sessions([5])  # type: ignore[list-item]
 
 
 async def refused_async(store: AsyncSessionStore, client: redis.Redis) -> None:

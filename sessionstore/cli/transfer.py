@@ -191,7 +191,8 @@ def import_(
             )
         except SessionExistsError as error:
             raise CommandError(
-                failures.FAILURE, f"{error}; --existing skip leaves such sessions, replace does not"
+                failures.FAILURE,
+                f"{error}; --existing skip leaves such sessions as they are, replace replaces them",
             ) from error
         except KeyboardInterrupt:
             note("interrupted; the same command goes on where this one stopped")
