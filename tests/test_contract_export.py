@@ -205,9 +205,11 @@ def test_bytes_that_are_not_utf8_come_through(world: Any, fresh: Callable[..., N
 
 
 def test_sessions_of_one_microsecond_are_all_listed_and_exported(
-    world: Any, fresh: Callable[..., Namespace]
+    world: Any, fresh: Callable[..., Namespace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of several partitions, or of several namespaces, they may come together in one."""
+    monkeypatch.setattr("sessionstore.listing.PAGE_ROWS", 4)
+    monkeypatch.setattr("sessionstore.listing.LEAST_ROWS", 4)
     store = world.store()
     ids = {store.create_session("claude", f"s{n}", "/src").id for n in range(9)}
     for own in ids:
