@@ -22,6 +22,7 @@ import pytest
 import redis
 from conftest import SERVERS
 from consistency import assert_consistent
+from faults import Fault, FaultyWorld, seeded, shuffled
 from rawkeys import RawKeys
 
 import sessionstore.exporting
@@ -39,6 +40,7 @@ from sessionstore import (
 from sessionstore._server import PrivateServer
 from sessionstore.testing import MemoryServer, async_memory_store, memory_store
 
+BREAKS = (Fault.LOSE_REQUEST, Fault.CUT_REQUEST, Fault.LOSE_REPLY, Fault.CUT_REPLY)
 LONG = 3600.0  # seconds: no lease is renewed in the background during a test
 HOSTILE = ["", "\x00\x1b[2J\u202e\u2028", "\ud7ff\U0001f600", '{"end": 1}\n', "\\ud800", "ä" * 5000]
 
@@ -641,6 +643,29 @@ def test_a_killed_import_leaves_whole_sessions_and_goes_on(
     source.remove()
     there.remove()
     client.close()
+
+
+@pytest.mark.parametrize("style", ["sync", "async"])
+def test_an_import_on_a_bad_network_stores_each_session_once(
+    server: PrivateServer, style: str
+) -> None:
+    with memory_store() as source:
+        for n in range(30):
+            own = source.create_session("claude", f"s{n}", "/src").id
+            source.add_output(own, *("x" * 200 for _ in range(n + 1)))
+        lines = lines_of(source)
+    world = FaultyWorld(style, server)
+    try:
+        store = world.store()
+        assert store.ping()
+        world.proxy.plan(shuffled(seeded(), tuple(BREAKS) * 4, 40))
+        assert store.import_sessions(lines) == Imported(imported=30)
+        assert len(world.proxy.harmed) >= 12
+        assert [event["event"] for event in world.events()] == ["imported"] * 30
+        assert lines_of(world.direct)[1:] == lines[1:]
+        assert_consistent(world)
+    finally:
+        world.close()
 
 
 def test_memory_does_not_grow_with_the_number_of_sessions(
