@@ -13,13 +13,10 @@ staged, of one session at most, is taken over by the next import of it, or expir
 
 from __future__ import annotations
 
-import base64
 import json
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from hashlib import blake2b
 from typing import Any, Literal, cast
 from uuid import uuid4
@@ -35,7 +32,8 @@ from sessionstore.errors import (
     SessionExistsError,
 )
 from sessionstore.exporting import BUFFERS, COUNTS, FORMAT, Row, one_row, piece
-from sessionstore.keys import Keys, Keyspace, fits
+from sessionstore.incoming import OF_LEASES, Head, InvalidLineError, listed, stored_bytes, whole
+from sessionstore.keys import Keys, Keyspace
 from sessionstore.models import ENDED_STATUSES, Imported
 from sessionstore.opening import SCHEMA_VERSION
 from sessionstore.settings import StoreSettings
@@ -45,166 +43,11 @@ logger = logging.getLogger("sessionstore")
 Existing = Literal["error", "skip", "replace"]
 
 MOST_AT_ONCE = 1024 * 1024  # bytes of entries in one script
-MOST_FIELDS = 1000
 MOST_TOLD = 1000  # ids in the result
 ENTRY_OVERHEAD = 16  # bytes, as in append.lua
 
-_ID = re.compile(r"agent_.+_[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.DOTALL)
-_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: After these a session is yet to be stored, now or by the next import.
 _KEEPING_WHAT_IS_STAGED: tuple[type[Exception], ...] = (SessionExistsError, *PASSING)
-#: A lease and the reaper's mark are not carried over as they are.
-_OF_LEASES = ("fence", "lease_expires_at", "reap_seen_ms")
-
-
-class _InvalidError(Exception):
-    """What a line says is no session, or no line of an export."""
-
-
-# ---- What a line says -------------------------------------------------------------------------
-
-
-def _bytes(value: Any) -> bytes:
-    """Stored bytes, from what a file has of them."""
-    try:
-        if isinstance(value, str):
-            return value.encode()
-        if isinstance(value, dict) and set(cast("Any", value)) == {"base64"}:
-            return base64.b64decode(cast("Any", value)["base64"], validate=True)
-    except (ValueError, TypeError):
-        pass
-    raise _InvalidError(f"neither text nor base64: {value!r:.80}")
-
-
-def _whole(value: Any, what: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**53:
-        raise _InvalidError(f"{what} is no number from 0 up: {value!r:.80}")
-    return value
-
-
-def _list(value: Any, what: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise _InvalidError(f"{what} is no list: {value!r:.80}")
-    listed: list[Any] = cast("Any", value)
-    return listed
-
-
-def _microseconds(text: str, name: str) -> int:
-    try:
-        if _TIME.fullmatch(text):
-            return (datetime.fromisoformat(text) - _EPOCH) // timedelta(microseconds=1)
-    except ValueError:
-        pass
-    raise _InvalidError(f"{name} is no time: {text!r:.80}")
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """What a session's first line says, checked."""
-
-    id: str
-    keys: Keys
-    type: str
-    status: str
-    fields: dict[bytes, bytes]  # apart from those of its lease
-    indexes: tuple[str, ...]
-    created_us: int
-    active_us: int  # or when it ended
-    owner: str | None
-    fence: str
-    expires_ms: int | None
-
-    @classmethod
-    def read(cls, told: dict[str, Any], keyspace: Keyspace, settings: StoreSettings) -> Head:
-        """The head of a session of this namespace.
-
-        Raises:
-            InvalidArgumentError: it breaks a rule.
-            _InvalidError: it is no session.
-        """
-        stored = _fields(told)
-
-        def text(name: str, default: str | None = None) -> str:
-            value = stored.get(name.encode())
-            if value is None:
-                if default is not None:
-                    return default
-                raise _InvalidError(f"it has no {name}")
-            try:
-                return value.decode()
-            except UnicodeDecodeError:
-                raise _InvalidError(f"{name} is no text") from None
-
-        def optional_id(name: str) -> str | None:
-            return check.text(name, text(name)) if name.encode() in stored else None
-
-        type = check.session_type(text("type"), settings.types)
-        status = check.status("status", text("status"))
-        service = check.text("service_session_id", text("service_session_id"))
-        session_id = told["session"]
-        if not (
-            isinstance(session_id, str)
-            and _ID.fullmatch(session_id)
-            and session_id[6:-37] == type
-            and fits(session_id, service)
-            and text("id") == session_id
-        ):
-            raise _InvalidError("its id does not fit its type and service session")
-        keys = keyspace.of_session(session_id)
-        indexes = [keys.by_type(type), keys.by_status(status), keys.by_service(service)]
-        owner = optional_id("owner")
-        for index, value in (
-            (keys.by_task, optional_id("task_id")),
-            (keys.by_mcp, optional_id("mcp_session_id")),
-            (keys.by_owner, owner),
-        ):
-            if value is not None:
-                indexes.append(index(value))
-        created_us = _microseconds(text("created_at"), "created_at")
-        last_us = _microseconds(text("last_activity"), "last_activity")
-        given_us = told.get("ended_us" if status in ENDED_STATUSES else "activity_us")
-        fence = text("fence", "")
-        if fence and not (fence.isdecimal() and fence.isascii() and len(fence) <= 15):
-            raise _InvalidError("its fence is no number")
-        expires_at = text("lease_expires_at", "")
-        expires_ms = _microseconds(expires_at, "lease_expires_at") // 1000 if expires_at else None
-        own_us = told.get("created_us")
-        return cls(
-            id=session_id,
-            keys=keys,
-            type=type,
-            status=status,
-            fields={
-                n: v for n, v in stored.items() if n.decode(errors="replace") not in _OF_LEASES
-            },
-            indexes=tuple(indexes),
-            created_us=created_us if own_us is None else _whole(own_us, "created_us"),
-            active_us=last_us if given_us is None else _whole(given_us, "its last activity"),
-            owner=owner,
-            fence=fence,
-            expires_ms=expires_ms,
-        )
-
-    def total(self, buffer: str) -> int:
-        """How many entries it says that a buffer ever had."""
-        stored = self.fields.get(f"{buffer}_total".encode(), b"0")
-        if not stored.isdigit() or len(stored) > 15:
-            raise _InvalidError(f"its {buffer}_total is no number")
-        return int(stored)
-
-
-def _fields(told: dict[str, Any]) -> dict[bytes, bytes]:
-    names = told.get("fields")
-    if not isinstance(names, dict):
-        raise _InvalidError("it has no fields")
-    stored = {_bytes(n): _bytes(v) for n, v in cast("dict[str, Any]", names).items()}
-    for pair in _list(told.get("more_fields", []), "more_fields"):
-        name, value = (*_list(pair, "a field"), None, None)[:2]
-        stored[_bytes(name)] = _bytes(value)
-    if len(stored) > MOST_FIELDS:
-        raise _InvalidError(f"it has over {MOST_FIELDS} fields")
-    return stored
 
 
 # ---- A session that comes in ------------------------------------------------------------------
@@ -284,7 +127,7 @@ class _Session:
         """The hash fields to store: bytes are counted anew, for a buffer may have been trimmed."""
         stored = dict(head.fields)
         for name, prefix in BUFFERS.items():
-            buffer, total, size = self.buffers[name], f"{prefix}_total", f"{prefix}_bytes"
+            buffer, total, size = self.buffers[name], f"{prefix}_total", f"{prefix}stored_bytes"
             if buffer.count or size.encode() in stored or total.encode() in stored:
                 stored[size.encode()] = str(buffer.size).encode()
         return stored
@@ -332,7 +175,7 @@ class Import:
         self._line += 1
         try:
             yield from self._take(line)
-        except _InvalidError as error:
+        except InvalidLineError as error:
             raise ImportFormatError.at(self._line, str(error)) from None
 
     def finish(self) -> Steps[Imported]:
@@ -353,7 +196,7 @@ class Import:
         if not self._is_begun:
             self._begin(told)
         elif self._is_ended:
-            raise _InvalidError("something follows the last line of the export")
+            raise InvalidLineError("something follows the last line of the export")
         elif "session" in told:
             self._begin_session(told)
         elif "end" in told:
@@ -373,15 +216,15 @@ class Import:
         if isinstance(told, dict):
             return cast("dict[str, Any]", told)
         if not self._is_begun:
-            raise _InvalidError("this is no export of sessionstore")
-        raise _InvalidError("no JSON object; the export is damaged or cut off here")
+            raise InvalidLineError("this is no export of sessionstore")
+        raise InvalidLineError("no JSON object; the export is damaged or cut off here")
 
     def _begin(self, told: dict[str, Any]) -> None:
         if told.get("sessionstore") != "export":
-            raise _InvalidError("this is no export of sessionstore")
+            raise InvalidLineError("this is no export of sessionstore")
         for name, ours in (("format", FORMAT), ("schema", SCHEMA_VERSION)):
             if told.get(name) != ours:
-                raise _InvalidError(
+                raise InvalidLineError(
                     f"the export has {name} {told.get(name)!r:.20}, this version of sessionstore "
                     f"reads {ours!r}: use the version that made it, or a newer one"
                 )
@@ -389,9 +232,9 @@ class Import:
 
     def _end(self, told: dict[str, Any]) -> None:
         if self._session is not None:
-            raise _InvalidError(f"session {self._session.id!r} has no end")
+            raise InvalidLineError(f"session {self._session.id!r} has no end")
         if told["total"] != self._seen:
-            raise _InvalidError(
+            raise InvalidLineError(
                 f"lines are missing or doubled: the export says it has {told['total']!r:.200}, and "
                 f"there were {self._seen!r}"
             )
@@ -401,30 +244,30 @@ class Import:
 
     def _begin_session(self, told: dict[str, Any]) -> None:
         if self._session is not None:
-            raise _InvalidError(f"session {self._session.id!r} has no end")
+            raise InvalidLineError(f"session {self._session.id!r} has no end")
         head, problem = None, ""
         try:
             head = Head.read(told, self._keyspace, self._settings)
-        except (_InvalidError, InvalidArgumentError) as error:
+        except (InvalidLineError, InvalidArgumentError) as error:
             problem = str(error)
         self._session = _Session(told["session"], head, problem)
 
     def _current(self) -> _Session:
         if self._session is None:
-            raise _InvalidError("this line belongs to no session")
+            raise InvalidLineError("this line belongs to no session")
         return self._session
 
     def _take_entries(self, told: dict[str, Any]) -> Steps[None]:
         name = next((name for name in BUFFERS if name in told), None)
         if name is None:
-            raise _InvalidError(f"unknown: {', '.join(told)!r:.80}")
+            raise InvalidLineError(f"unknown: {', '.join(told)!r:.80}")
         session = self._current()
-        entries = list(map(_bytes, _list(told[name], name)))
-        at = _whole(told.get("at"), "at")
+        entries = list(map(stored_bytes, listed(told[name], name)))
+        at = whole(told.get("at"), "at")
         buffer = session.buffers[name]
         if buffer.count and at != buffer.following:
             if at < buffer.following:
-                raise _InvalidError(f"entries of position {at} come twice")
+                raise InvalidLineError(f"entries of position {at} come twice")
             buffer.begin_anew()  # trimmed away while the rest was read
             yield from self._drop(session, buffer)
         buffer.take(at, entries)
@@ -439,11 +282,11 @@ class Import:
         session, self._session = self._session, None
         if session is not None:
             if session.id != session_id:
-                raise _InvalidError(f"session {session.id!r} has no end")
+                raise InvalidLineError(f"session {session.id!r} has no end")
             for buffer in session.buffers.values():
                 yield from self._drop(session, buffer)
         elif is_gone:
-            raise _InvalidError("this line belongs to no session")
+            raise InvalidLineError("this line belongs to no session")
         if not is_gone:
             self._seen["unreadable"] += 1
             self._tell_unreadable(session_id, str(told.get("reason"))[:200])
@@ -456,10 +299,10 @@ class Import:
     def _end_session(self, told: dict[str, Any]) -> Steps[None]:
         session, self._session = self._current(), None
         if told["end"] != session.id:
-            raise _InvalidError(f"this is the end of another session than {session.id!r}")
+            raise InvalidLineError(f"this is the end of another session than {session.id!r}")
         counts = {name: buffer.count for name, buffer in session.buffers.items()}
         if counts != {name: told.get(name) for name in BUFFERS}:
-            raise _InvalidError(f"lines of session {session.id!r} are missing or doubled")
+            raise InvalidLineError(f"lines of session {session.id!r} are missing or doubled")
         self._seen["sessions"] += 1
         for name, count in counts.items():
             self._seen[name] += count
@@ -478,7 +321,7 @@ class Import:
             buffer = session.buffers[name]
             try:
                 fits_total = head.total(prefix) == buffer.following or not buffer.count
-            except _InvalidError as error:
+            except InvalidLineError as error:
                 return session.fail(str(error))
             if not fits_total:
                 return session.fail(f"its {prefix}_total does not fit its entries")
@@ -617,7 +460,7 @@ class Import:
     def _is_same(self, session: _Session, head: Head, row: Row) -> Steps[bool]:
         """Whether the session that is here is the one that would be imported."""
         active_us = row.ended_us if head.status in ENDED_STATUSES else row.activity_us
-        here = {n: v for n, v in row.fields if n.decode(errors="replace") not in _OF_LEASES}
+        here = {n: v for n, v in row.fields if n.decode(errors="replace") not in OF_LEASES}
         first = row.first_positions()
         buffers = tuple(session.buffers.values())
         if (
