@@ -127,7 +127,7 @@ class _Session:
         """The hash fields to store: bytes are counted anew, for a buffer may have been trimmed."""
         stored = dict(head.fields)
         for name, prefix in BUFFERS.items():
-            buffer, total, size = self.buffers[name], f"{prefix}_total", f"{prefix}stored_bytes"
+            buffer, total, size = self.buffers[name], f"{prefix}_total", f"{prefix}_bytes"
             if buffer.count or size.encode() in stored or total.encode() in stored:
                 stored[size.encode()] = str(buffer.size).encode()
         return stored
