@@ -13,6 +13,8 @@ from logging import NullHandler, getLogger
 from sessionstore._operation import Outcome
 from sessionstore.batch import AsyncBatch, Batch
 from sessionstore.errors import (
+    ImportConflictError,
+    ImportFormatError,
     InvalidArgumentError,
     LeaseLostError,
     MetadataLimitError,
@@ -35,6 +37,7 @@ from sessionstore.models import (
     AgentSessionStatus,
     BufferPage,
     Drift,
+    Imported,
     Problem,
     Reaped,
     SessionEvent,
@@ -61,6 +64,9 @@ __all__ = [
     "Batch",
     "BufferPage",
     "Drift",
+    "ImportConflictError",
+    "ImportFormatError",
+    "Imported",
     "InvalidArgumentError",
     "Lease",
     "LeaseLostError",

@@ -33,7 +33,7 @@ class Call(Generic[T]):
 
     script: str
     keys: Sequence[str]
-    args: Sequence[str | int]
+    args: Sequence[str | bytes | int]
     decode: Callable[[Any], T | Request[T]]
     lane: Callable[[str], str] | None = None
     unopened: bool = False

@@ -38,7 +38,10 @@ MOST_ALONE = 64
 #: What a script counts for whose reply may be a page of 1 MiB: at most 16 of them in a pipeline.
 LARGE_REPLY = MOST_BYTES // 16
 LARGE_REPLIES = frozenset(
-    {"read_buffer", "find_sessions", "find_session_by_service_id", "read_whole"}
+    {
+        *("read_buffer", "find_sessions", "find_session_by_service_id", "read_whole"),
+        "export_sessions",
+    }
 )
 
 _ALONE: Any = object()

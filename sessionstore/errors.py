@@ -12,6 +12,8 @@
     ├── InvalidArgumentError          INVALID_ARGUMENT          (a ValueError too)
     │   └── UnknownSessionTypeError   UNKNOWN_SESSION_TYPE
     ├── UnreadableSessionError        UNREADABLE_SESSION
+    ├── ImportFormatError             IMPORT_FORMAT
+    ├── ImportConflictError           IMPORT_CONFLICT
     ├── SchemaMismatchError           SCHEMA_MISMATCH
     ├── UnsafeServerError             UNSAFE_SERVER
     └── OutcomeUnknownError           OUTCOME_UNKNOWN           (a redis.RedisError too)
@@ -133,7 +135,11 @@ class LeaseLostError(SessionStoreError, code="LEASE_LOST"):
 
 
 class SessionExistsError(SessionStoreError, code="SESSION_EXISTS"):
-    """A new session's id is taken: its creation was sent again after more than ten minutes."""
+    """A new session's id is taken.
+
+    In an import: a session that is here differs from the one to be imported. In ``create_session``:
+    its creation was sent again after more than ten minutes.
+    """
 
     @classmethod
     def message(cls, details: dict[str, Any]) -> str:
@@ -181,6 +187,36 @@ class UnknownSessionTypeError(InvalidArgumentError, code="UNKNOWN_SESSION_TYPE")
 
 class UnreadableSessionError(SessionStoreError, code="UNREADABLE_SESSION"):
     """A stored session breaks the format; somebody else has written to it."""
+
+
+class ImportFormatError(SessionStoreError, code="IMPORT_FORMAT"):
+    """What is to be imported is no export, is one of a newer version, or is cut off or damaged.
+
+    ``line`` counts from 1. Sessions that were complete before it are imported.
+    """
+
+    line: int | None = None
+
+    @classmethod
+    def at(cls, line: int, reason: str) -> ImportFormatError:
+        """The error for one line."""
+        error = cls(f"line {line}: {reason}")
+        error.line = line
+        return error
+
+
+class ImportConflictError(SessionStoreError, code="IMPORT_CONFLICT"):
+    """Another import of the session went on at the same time, or this one stood still for an hour.
+
+    Nothing of the session was changed; running the import again goes on.
+    """
+
+    @classmethod
+    def message(cls, details: dict[str, Any]) -> str:
+        return (
+            f"what was staged of session {details['session_id']!r} is gone: another import of it "
+            "is under way, or this one stood still for an hour; run the import again to go on"
+        )
 
 
 class SchemaMismatchError(SessionStoreError, code="SCHEMA_MISMATCH"):

@@ -79,6 +79,10 @@ class Keys:
     def errors(self, session_id: str) -> str:
         return f"{self.session(session_id)}:errors"
 
+    def staged(self, session_id: str, buffer: str) -> str:
+        """Where a buffer of a session is kept until the session is imported."""
+        return f"{self.prefix}import:{session_id}:{buffer}"
+
     def by_type(self, type: str) -> str:
         return f"{self.prefix}sessions:type:{type}"
 
@@ -104,6 +108,11 @@ class Keys:
 def _service_digits(service_session_id: str) -> int:
     # CRC-16/XMODEM, Redis Cluster's own.
     return crc_hqx(service_session_id.encode(), 0) & 0xFF
+
+
+def fits(session_id: str, service_session_id: str) -> bool:
+    """Whether both ids tell the same partition, however many there are."""
+    return session_id[-36:-34] == f"{_service_digits(service_session_id):02x}"
 
 
 def new_session_id(type: str, service_session_id: str) -> str:

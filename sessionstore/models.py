@@ -144,6 +144,23 @@ class Drift(BaseModel, frozen=True):
         return len({self.sessions, self.by_status, self.by_type, self.by_time}) > 1
 
 
+class Imported(BaseModel, frozen=True):
+    """What an import has done, or with ``dry_run`` would do.
+
+    ``imported`` sessions are new here, ``replaced`` ones took another's place, ``unchanged`` ones
+    were here already, the same. ``differing`` ones were here and are left as they are;
+    ``differing_ids`` are the first 1,000 of them. ``unreadable`` ones could not be read when they
+    were exported, or break the rules of a session.
+    """
+
+    imported: int = 0
+    replaced: int = 0
+    unchanged: int = 0
+    differing: int = 0
+    unreadable: int = 0
+    differing_ids: tuple[str, ...] = ()
+
+
 class BufferPage(BaseModel, frozen=True):
     """A stretch of a buffer.
 
@@ -166,11 +183,11 @@ class BufferPage(BaseModel, frozen=True):
 class SessionEvent(BaseModel, frozen=True):
     """Something that has happened to a session, and who did it.
 
-    ``event``: ``created``, ``status_changed``, ``claimed``, ``released``, ``lease_expired`` or
-    ``deleted``; later versions may know others. ``old_status`` and ``status`` are given where they
-    apply, ``owner`` is the worker whose lease began or ended. ``at`` is the server's time.
-    ``cursor`` is where to go on watching, a text to be kept as it is. ``gap``: events between the
-    asked cursor and this one have been trimmed away, or may have been.
+    ``event``: ``created``, ``status_changed``, ``claimed``, ``released``, ``lease_expired``,
+    ``deleted`` or ``imported``; later versions may know others. ``old_status`` and ``status`` are
+    given where they apply, ``owner`` is the worker whose lease began or ended. ``at`` is the
+    server's time. ``cursor`` is where to go on watching, a text to be kept as it is. ``gap``:
+    events between the asked cursor and this one have been trimmed away, or may have been.
     """
 
     cursor: str

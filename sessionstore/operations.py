@@ -19,6 +19,7 @@ from sessionstore._call import Call, Feed, Live, Request, Several, one_after_ano
 from sessionstore._operation import feed, operation
 from sessionstore.doctor import Doctor, drift_of
 from sessionstore.errors import SessionNotFoundError
+from sessionstore.exporting import Export
 from sessionstore.keys import Keys, Keyspace, new_session_id
 from sessionstore.listing import CREATED, Filters, Listing, Order, earliest_of_service
 from sessionstore.models import (
@@ -398,6 +399,36 @@ class SessionOperations:
         )
         return self._listing(filters, tail=tail).feed()
 
+    @feed
+    def export_sessions(
+        self,
+        *,
+        type: str | None = None,
+        status: AgentSessionStatus | Iterable[AgentSessionStatus] | None = None,
+        task_id: str | None = None,
+        mcp_session_id: str | None = None,
+        service_session_id: str | None = None,
+        owner: str | None = None,
+        idle_for: float | None = None,
+    ) -> Feed[str, Any]:
+        """Iterate over the lines of an export: the sessions that match, exactly as they are stored.
+
+            with open("agents.jsonl", "w") as file:
+                file.writelines(store.export_sessions())
+
+        Each line is JSON and ends with a newline. They hold the sessions' fields, buffers,
+        positions and times; ``import_sessions`` makes the same sessions of them. Nothing is
+        changed, and workers go on meanwhile: each session is as it was when it was read. One that
+        cannot be read is told of in its place, logged, and counted in the last line. The filters
+        are those of ``find_sessions``.
+        """
+        filters = Filters(
+            type, status, task_id, mcp_session_id, service_session_id, owner, idle_for
+        )
+        partitions = self._partitions_of(filters)
+        number = self.settings.partitions
+        return Export(self.settings.namespace, number, partitions, filters).feed()
+
     @operation
     def read_output(
         self, session_id: str, cursor: int = 0, limit: int = 1000
@@ -657,10 +688,12 @@ class SessionOperations:
         limit: int | None = None,
         tail: int | None = None,
     ) -> Listing:
-        # Only a service session's id tells the partition.
+        return Listing(self._partitions_of(filters), filters, order, limit, tail)
+
+    def _partitions_of(self, filters: Filters) -> tuple[Keys, ...]:
+        """Where sessions may be that match: only a service session's id tells the partition."""
         service = filters.service_session_id
-        partitions = self.keyspace.all if service is None else (self.keyspace.of_service(service),)
-        return Listing(partitions, filters, order, limit, tail)
+        return self.keyspace.all if service is None else (self.keyspace.of_service(service),)
 
     def _list(
         self,

@@ -64,7 +64,14 @@ class Command(NamedTuple):
         return Command(
             self.script,
             tuple(
-                [one.encode() if type(one) is str else str(one).encode() for one in self.operands]
+                [
+                    one.encode()
+                    if type(one) is str
+                    else one
+                    if type(one) is bytes
+                    else str(one).encode()
+                    for one in self.operands
+                ]
             ),
         )
 

@@ -10,7 +10,15 @@ from __future__ import annotations
 import asyncio
 import atexit
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+)
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar, Unpack, cast
@@ -48,10 +56,11 @@ from sessionstore.errors import (
     SessionStoreError,
     own_copy,
 )
+from sessionstore.importing import Existing, Import
 from sessionstore.keys import Keyspace
 from sessionstore.lanes import Lane, Lanes
 from sessionstore.lease import DEFAULT_TTL, AsyncClaim, Lease, TaskLeases, ThreadLeases
-from sessionstore.models import AgentSessionStatus
+from sessionstore.models import AgentSessionStatus, Imported
 from sessionstore.news import TaskNews, ThreadNews
 from sessionstore.operations import SessionOperations
 from sessionstore.pipelining import (
@@ -147,6 +156,12 @@ class _Store(SessionOperations):
             in_order=True,
             may_load=self._may_load_scripts,
         )
+
+    def _importing(self, lines: object, existing: Existing, *, dry_run: bool) -> Import:
+        self._refuse_if_closed()
+        if isinstance(lines, (str, bytes)):
+            raise InvalidArgumentError.of("lines", "must be several, such as an open file")
+        return Import(self.keyspace, self.settings, self.worker, existing, dry_run=dry_run)
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
@@ -333,6 +348,39 @@ class SessionStore(_Store, SyncExecutor):
                 patience=patience,
             ),
         )
+
+    def import_sessions(
+        self, lines: Iterable[str | bytes], *, existing: Existing = "error", dry_run: bool = False
+    ) -> Imported:
+        """Make the sessions of an export, exactly as they were.
+
+            with open("agents.jsonl") as file:
+                store.import_sessions(file)
+
+        The namespace may be another one, with another number of partitions. Each session appears
+        in one step, with its buffers and in all indexes; memory is bounded however many there are.
+        A session that is here already and is the same is left alone, so an import that was cut off
+        is run again to go on. One that was held by a worker when it was exported comes with its
+        owner and an expired lease: anybody may claim it at once, and a reaper ends it otherwise.
+        ``redact`` and the bounds of buffers do not apply.
+
+        Args:
+            lines: those of ``export_sessions``, such as an open file.
+            existing: what to do about a session that is here already and differs: ``error`` stops,
+                ``skip`` leaves it as it is, ``replace`` puts the imported one in its place unless a
+                worker holds it. The last two are told in the result.
+            dry_run: change nothing, tell what would be done.
+
+        Raises:
+            ImportFormatError: this is no export, a newer one, or cut off or damaged.
+            SessionExistsError: with ``existing="error"``.
+            SessionBusyError: one that is to be replaced is held by a worker.
+            ImportConflictError: another import of the same session is under way.
+        """
+        importing = self._importing(lines, existing, dry_run=dry_run)
+        for line in lines:
+            self.carry(importing.take(line))
+        return self.carry(importing.finish())
 
     def execute(self, request: Request[T]) -> T:
         """Carry out a request, and those that follow from it."""
@@ -599,6 +647,26 @@ class AsyncSessionStore(_Store, AsyncExecutor):
                 patience=patience,
             ),
         )
+
+    async def import_sessions(
+        self,
+        lines: Iterable[str | bytes] | AsyncIterable[str | bytes],
+        *,
+        existing: Existing = "error",
+        dry_run: bool = False,
+    ) -> Imported:
+        """Make the sessions of an export; see ``SessionStore.import_sessions``.
+
+        ``lines`` may be asynchronous; the loop waits while a plain file is read.
+        """
+        importing = self._importing(lines, existing, dry_run=dry_run)
+        if isinstance(lines, AsyncIterable):
+            async for line in lines:
+                await self.carry(importing.take(line))
+        else:
+            for line in lines:
+                await self.carry(importing.take(line))
+        return await self.carry(importing.finish())
 
     def execute(self, request: Request[T]) -> Coroutine[Any, Any, T]:
         """Carry out a request, and those that follow from it."""

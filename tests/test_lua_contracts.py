@@ -6,6 +6,7 @@ globals; and a key of the wrong type stops it before its first write.
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 import time
@@ -22,6 +23,7 @@ import redis
 from conftest import World
 from faults import contents
 from lupa import lua51
+from rawkeys import crc16
 
 import sessionstore
 import sessionstore.pipelining
@@ -34,7 +36,10 @@ from sessionstore.scripts import Script, load
 LUA = Path(sessionstore.__file__).parent / "lua"
 SCRIPTS = sorted(path.stem for path in LUA.glob("*.lua"))
 INCLUDES = sorted(path.stem for path in (LUA / "include").glob("*.lua"))
-INTERNAL = {"find_deleted", "open_store", "read_buffer", "read_events", "read_whole"}
+INTERNAL = {
+    *("find_deleted", "open_store", "read_buffer", "read_events", "read_whole"),
+    *("import_session", "stage_buffer"),
+}
 OF_THE_DOCTOR = {
     *("check_server", "check_keys", "check_sessions", "check_indexes", "check_members"),
     *("check_buffer", "repair_session", "repair_key", "repair_buffer"),
@@ -43,7 +48,7 @@ OF_LEASES = {"claim", "renew"}  # operations of a store and of a lease, more tha
 
 WRITING = (
     *("HSET", "HDEL", "SET", "DEL", "UNLINK", "SADD", "ZADD", "SREM", "ZREM"),
-    *("RPUSH", "LPOP", "LTRIM", "XADD"),
+    *("RPUSH", "LPOP", "LTRIM", "XADD", "RENAME", "PERSIST", "PEXPIRE"),
 )
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
@@ -199,7 +204,7 @@ def test_a_move_begins_with_what_lets_a_script_run_at_full_memory() -> None:
     assert first == ["", "SREM"]  # either way
 
 
-@pytest.mark.parametrize("script", ["create_session", "update_metadata"])
+@pytest.mark.parametrize("script", ["create_session", "update_metadata", "import_session"])
 def test_what_grows_does_not(script: str) -> None:
     """The control: the same look at other scripts."""
     assert first_write(script).startswith("redis.call('")
@@ -373,9 +378,54 @@ def renew(store: Any) -> None:
     store.carry(store._leases.renewing(held))
 
 
+#: Of the sessions that are imported; it fits the service session "s".
+IMPORTED_ID = f"agent_claude_{crc16('s') & 0xFF:02x}000000-0000-4000-8000-00000000abcd"
+
+
+def exported(size: int = 0) -> list[str]:
+    """An export of one session, whose output is staged if it is large."""
+    time = iso_of(5_000)
+    fields = {
+        "id": IMPORTED_ID,
+        "type": "claude",
+        "status": "busy",
+        "service_session_id": "s",
+        "project_path": "/",
+        "task_id": "task",
+        "mcp_session_id": "mcp",
+        "created_at": time,
+        "last_activity": time,
+        "owner": "other:1",
+        "fence": "5",
+        "lease_expires_at": time,
+        "output_total": "2",
+        "error_total": "1",
+    }
+    lines: list[dict[str, Any]] = [
+        {"sessionstore": "export", "format": 1, "schema": "1"},
+        {"session": IMPORTED_ID, "fields": fields},
+        {"output": ["x" * size, "line"], "at": 0},
+        {"errors": ["line"], "at": 0},
+        {"end": IMPORTED_ID, "output": 2, "errors": 1},
+        {"total": {"sessions": 1, "output": 2, "errors": 1, "unreadable": 0}},
+    ]
+    return list(map(json.dumps, lines))
+
+
+def import_again(table: Table, _: str) -> None:
+    table.store.import_sessions(exported())
+    table.store.delete_session(IMPORTED_ID)
+    table.store.import_sessions([line.replace('"/"', '"/other"') for line in exported()])
+
+
 WRITES: dict[str, Write] = {
     "create_session": Write(
         lambda store, _: store.create_session("codex", "new", "/src", "task", "mcp")
+    ),
+    "import_sessions": Write(lambda store, _: store.import_sessions(exported())),
+    "import_sessions, staged": Write(lambda store, _: store.import_sessions(exported(2**21))),
+    "import_sessions, replace": Write(
+        lambda store, _: store.import_sessions(exported(), existing="replace"), import_again
     ),
     "update_status": Write(lambda store, own: store.update_status(own, "terminated")),
     "update_activity": Write(lambda store, own: store.update_activity(own)),
@@ -517,6 +567,7 @@ def unchecked(name: str) -> Script:
     "name",
     [
         *("create_session", "update_status", "delete_session", "claim", "claim, expired"),
+        *("import_sessions", "import_sessions, replace"),
         *("renew", "release", "delete_session, held", "reap, lost", "reap, idle", "reap, ended"),
     ],
 )

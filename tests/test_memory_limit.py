@@ -32,6 +32,7 @@ from sessionstore import (
     SessionStore,
 )
 from sessionstore._server import PrivateServer
+from sessionstore.testing import memory_store
 
 ROOM = 3 * 1024 * 1024  # bytes, beside what the empty server takes
 SESSIONS = 12  # to begin with
@@ -125,6 +126,10 @@ def full_sync(request: pytest.FixtureRequest) -> Iterator[Filled]:
 
 # ---- At the limit --------------------------------------------------------------------------------
 
+with memory_store() as _store:
+    _store.add_output(_store.create_session("codex", "imported", "/src", "task").id, "line")
+    EXPORT = list(_store.export_sessions())
+
 GROWING: dict[str, Callable[[Any, str], Any]] = {
     "create_session": lambda store, _: store.create_session("codex", "new", "/src", "task", "mcp"),
     "create_session, unique": lambda store, _: store.create_session(
@@ -134,6 +139,7 @@ GROWING: dict[str, Callable[[Any, str], Any]] = {
     "add_output, many": lambda store, own: store.add_output(own, *["more"] * 5000),
     "add_error": lambda store, own: store.add_error(own, "more"),
     "update_metadata": lambda store, own: store.update_metadata(own, {"a": "b", "branch": None}),
+    "import_sessions": lambda store, _: store.import_sessions(EXPORT),
 }
 
 

@@ -30,6 +30,8 @@ from sessionstore import (
     Batch,
     BufferPage,
     Drift,
+    Imported,
+    ImportFormatError,
     InvalidArgumentError,
     Lease,
     LeaseLostError,
@@ -396,6 +398,29 @@ def passed_on(store: SessionStore, astore: AsyncSessionStore) -> None:
     print(add, find, afind)
 
 
+# ---- Export and import -------------------------------------------------------------------------
+
+
+def transfer(store: SessionStore, path: str) -> None:
+    assert_type(store.export_sessions(), Iterator[str])
+    with open(path, "w") as file:
+        file.writelines(store.export_sessions(type="claude", status=["active"], idle_for=60))
+    with open(path, "rb") as lines:
+        done = store.import_sessions(lines, existing="skip", dry_run=True)
+    assert_type(done, Imported)
+    assert_type(done.differing_ids, tuple[str, ...])
+    try:
+        store.import_sessions(store.export_sessions())
+    except ImportFormatError as error:
+        assert_type(error.line, int | None)
+
+
+async def transfer_async(store: AsyncSessionStore, other: AsyncSessionStore) -> None:
+    assert_type(store.export_sessions(owner="w"), AsyncIterator[str])
+    assert_type(await other.import_sessions(store.export_sessions()), Imported)
+    assert_type(await other.import_sessions(["{}"], existing="replace"), Imported)
+
+
 # ---- Refused -----------------------------------------------------------------------------------
 
 
@@ -425,6 +450,9 @@ def refused(store: SessionStore, url: str) -> None:
         batch.add_output("id", 5)  # type: ignore[arg-type]
         batch.get_session("id").status  # type: ignore[attr-defined]  # noqa: B018
         batch.claim("id")  # type: ignore[attr-defined]
+    store.import_sessions([], existing="merge")  # type: ignore[arg-type]
+    store.import_sessions([], "skip")  # type: ignore[call-arg]
+    store.import_sessions([5])  # type: ignore[list-item]
 
 
 async def refused_async(store: AsyncSessionStore, client: redis.Redis) -> None:

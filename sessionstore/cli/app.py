@@ -1,7 +1,7 @@
 """The command line as a whole: its options, its commands, and what becomes of errors.
 
-Typer reads the arguments; what the commands do is in ``look``, ``events``, ``reap``, ``run`` and
-``demo``.
+Typer reads the arguments; what the commands do is in ``look``, ``events``, ``reap``,
+``transfer``, ``run`` and ``demo``.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from sessionstore.cli.options import (
     write,
 )
 from sessionstore.cli.reap import reap
+from sessionstore.cli.transfer import export_, import_
 from sessionstore.lease import DEFAULT_TTL
 
 app = typer.Typer(
@@ -264,6 +265,8 @@ app.command("metrics")(look.metrics)
 app.command("rm")(look.remove)
 app.command("reap")(reap)
 app.command("doctor")(doctor)
+app.command("export")(export_)
+app.command("import")(import_)
 
 
 # ---- Trying it out ----------------------------------------------------------------------------

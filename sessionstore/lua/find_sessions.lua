@@ -110,37 +110,35 @@ local function pairs_of(flat)
   return list
 end
 
-local function from_creation_order()
-  local from = seen and '(' .. integer(seen.score) or '-inf'
-  local walked = #filters == 0 and math.max(1, math.min(most_rows, MOST_WALKED)) or MOST_WALKED
-  local candidates = pairs_of(redis.call('ZRANGEBYSCORE', sessions, from, '+inf', 'WITHSCORES',
-    'LIMIT', 0, walked))
-  return candidates, #candidates == walked
-end
-
--- The next of a sorted set, the latest active first; and whether more may follow them.
-local function next_of(set)
-  local from, offset, following = seen and integer(seen.score) or '+inf', 0, {}
+-- The next of a sorted set, as `command` walks it from `first` to `last`; and whether more may
+-- follow them.
+local function next_of(command, set, first, last, walked)
+  local from, offset, following = seen and integer(seen.score) or first, 0, {}
   while true do
-    local head = pairs_of(redis.call('ZREVRANGEBYSCORE', set, from, '-inf', 'WITHSCORES',
-      'LIMIT', offset, MOST_WALKED))
+    local head = pairs_of(redis.call(command, set, from, last, 'WITHSCORES', 'LIMIT', offset, walked))
     for _, candidate in ipairs(head) do
       if not seen or before(seen, candidate) then
         following[#following + 1] = candidate
       end
     end
-    if #head < MOST_WALKED or #following > 0 then
-      return following, #head == MOST_WALKED
+    if #head < walked or #following > 0 then
+      return following, #head == walked
     end
-    offset = offset + MOST_WALKED   -- all of them of the microsecond of `seen`, and before it
+    offset = offset + walked   -- all of them of the microsecond of `seen`, and before it
   end
+end
+
+-- Sessions that were created together have their own microsecond each; imported ones need not.
+local function from_creation_order()
+  local walked = #filters == 0 and math.max(1, math.min(most_rows, MOST_WALKED)) or MOST_WALKED
+  return next_of('ZRANGEBYSCORE', sessions, '-inf', '+inf', seen and walked + 1 or walked)
 end
 
 -- Two sorted sets in one order: good down to where the first of them was cut off.
 local function from_activity_order()
   local candidates, cut_off = {}, nil
   for _, set in ipairs({activity, ended}) do
-    local following, more = next_of(set)
+    local following, more = next_of('ZREVRANGEBYSCORE', set, '+inf', '-inf', MOST_WALKED)
     for _, candidate in ipairs(following) do
       candidates[#candidates + 1] = candidate
     end
