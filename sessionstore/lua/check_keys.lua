@@ -11,6 +11,8 @@ local cursor, pattern, count, only_sessions = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local function wrong_with(key, rest, kind, expected)
   if string.find(rest, '^quarantine:') then
     return ''
+  elseif string.find(rest, '^import:') and redis.call('PTTL', key) >= 0 then
+    return ''   -- what an import has staged goes by itself
   elseif not expected then
     return 'unknown_key'
   elseif kind ~= expected then
