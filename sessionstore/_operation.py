@@ -13,7 +13,6 @@ import functools
 import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from types import GenericAlias
 from typing import (
     Any,
     Concatenate,
@@ -153,6 +152,7 @@ class _Shown:
         self.__doc__ = build.__doc__
         self.__name__ = build.__name__
         self.__wrapped__ = build
+        self._signatures: dict[Any, inspect.Signature] = {}
 
     def __get__(self, store: Any, owner: Any) -> Any:
         raise NotImplementedError  # each decorator has its own; none looks at the owner
@@ -164,29 +164,37 @@ class _Shown:
         def method(store: Any, *args: Any, **kwargs: Any) -> Any:
             return self.__get__(store, SyncExecutor)(*args, **kwargs)
 
-        self._dress(method, lambda result: result)
+        self._dress(method, None)
         return method
 
-    def _dress(self, method: Any, returns: Callable[[Any], Any]) -> None:
-        """Give the method the builder's name and text, and an honest signature.
-
-        It has neither ``self`` (mocks made from the class count on that) nor a request in it.
-        """
+    def _dress(self, method: Any, wrapper: Any) -> None:
+        """Give the method the builder's name and text, and an honest signature."""
         functools.update_wrapper(method, self.__wrapped__)
-        signature = inspect.signature(self.__wrapped__, eval_str=True)
-        _, *parameters = signature.parameters.values()
-        method.__signature__ = signature.replace(
-            parameters=parameters,
-            return_annotation=returns(_first_argument(signature.return_annotation)),
-        )
+        method.__signature__ = self._signature(wrapper)
+
+    def _signature(self, wrapper: Any) -> inspect.Signature:
+        """The method's, its result in this wrapper: ``Iterator``, ``Outcome`` …, or in none.
+
+        It has neither ``self`` (mocks made from the class count on that) nor a request in it. Made
+        once, for that takes 150 µs, and each batch looks its methods up anew.
+        """
+        if wrapper not in self._signatures:
+            signature = inspect.signature(self.__wrapped__, eval_str=True)
+            _, *parameters = signature.parameters.values()
+            result = _first_argument(signature.return_annotation)
+            self._signatures[wrapper] = signature.replace(
+                parameters=parameters,
+                return_annotation=result if wrapper is None else wrapper[result],
+            )
+        return self._signatures[wrapper]
 
     def _show(
         self,
         method: Any,
         store: SyncExecutor | AsyncExecutor | BatchExecutor,
-        returns: Callable[[Any], Any] = lambda result: result,
+        wrapper: Any = None,
     ) -> None:
-        self._dress(method, returns)
+        self._dress(method, wrapper)
         if inspect.getattr_static(type(store), self.__name__, None) is self:
             # Found there from now on, without passing here again. Not if a subclass overrides it.
             store.__dict__[self.__name__] = method
@@ -245,7 +253,7 @@ class operation(_Shown, Generic[P, T]):  # noqa: N801  a decorator
         def note(*args: P.args, **kwargs: P.kwargs) -> Outcome[T]:
             return batch.note(self.__name__, build(batch, *args, **kwargs))
 
-        self._show(note, batch, lambda result: GenericAlias(Outcome, (result,)))
+        self._show(note, batch, Outcome)
         return note
 
 
@@ -278,6 +286,5 @@ class feed(_Shown, Generic[P, T]):  # noqa: N801  a decorator
             feed = build(store, *args, **kwargs)
             return follow(feed) if isinstance(feed, Live) else drain(feed)
 
-        iterator: Any = AsyncIterator if isinstance(store, AsyncExecutor) else Iterator
-        self._show(iterate, store, lambda item: iterator[item])
+        self._show(iterate, store, AsyncIterator if isinstance(store, AsyncExecutor) else Iterator)
         return iterate

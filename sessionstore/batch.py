@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from redis.exceptions import RedisError
+from redis.exceptions import OutOfMemoryError, RedisError
 
 from sessionstore._call import REQUESTS, Call, Request, Snapshot, Steps, Together
 from sessionstore._operation import AsyncExecutor, BatchExecutor, Outcome, SyncExecutor
@@ -39,7 +39,7 @@ from sessionstore.errors import (
 from sessionstore.holding import Leases
 from sessionstore.lanes import Lane, Lanes
 from sessionstore.operations import SessionOperations
-from sessionstore.pipelining import Single, is_out_of_memory
+from sessionstore.pipelining import Single
 
 T = TypeVar("T")
 
@@ -196,8 +196,8 @@ def _settling(noted: _Noted, reply: Any) -> Steps[None]:
     """From the reply to an operation's outcome, with further round trips if it takes any."""
     request, outcome = noted.request, noted.outcome
     try:
-        if isinstance(request, Snapshot) and is_out_of_memory(reply):
-            instead = request.instead
+        if isinstance(request, Snapshot) and isinstance(reply, OutOfMemoryError):
+            instead = request.instead  # MULTI was refused
             result = yield Call(instead.script, instead.keys, instead.args, request.decode)
         elif isinstance(reply, Exception):
             raise of_any_server(reply)

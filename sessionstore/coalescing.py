@@ -29,7 +29,7 @@ from sessionstore.errors import own_copy
 from sessionstore.pipelining import Command
 
 MOST_CALLS = 128  # in one pipeline
-WORTH_HALVING = 32  # calls, gathered while nothing is on its way
+WORTH_HALVING = 32  # calls, where two pipelines may be on their way
 MOST_BYTES = 1024 * 1024  # of arguments in one pipeline
 #: Pipelines and lone calls on their way at the same time. With more of them there would be more
 #: connections, smaller pipelines, and no more calls: the interpreter is what is short.
@@ -143,9 +143,11 @@ class Coalescer:
         """The next that are waiting, as many as a pipeline takes."""
         gathered: list[_Waiting] = []
         weight = 0
-        # In halves, the server carries out the one while the other is being made ready.
-        is_first = not self._on_their_way and len(self._waiting) >= WORTH_HALVING
-        most = min(MOST_CALLS, (len(self._waiting) + 1) // 2 if is_first else MOST_CALLS)
+        most = MOST_CALLS
+        room = self._most_on_their_way - self._on_their_way
+        if room > 1 and len(self._waiting) >= WORTH_HALVING:
+            # In halves, the server carries out the one while the other is being made ready.
+            most = min(most, (len(self._waiting) + 1) // 2)
         while self._waiting and len(gathered) < most:
             command, has_large_reply, future = self._waiting[0]
             if not future.done():  # cancelled, and never sent

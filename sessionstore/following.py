@@ -165,13 +165,16 @@ def _positions_of(cursor: str, partitions: int) -> _Positions:
         raise InvalidArgumentError.of("cursor", f"must be a str, not {type(cursor).__name__}")
     if cursor == OLDEST:
         return (_START,) * partitions
-    positions = tuple(position or _START for position in cursor.split(",")) if cursor else ("",)
+    positions = tuple(position or _START for position in cursor.split(","))
+    if not (cursor and all(map(_is_stream_id, positions))):
+        raise InvalidArgumentError.of("cursor", f"is not an event's: {cursor!r:.80}")
     if len(positions) != partitions:
         raise InvalidArgumentError.of(
             "cursor", f"is of a store with {len(positions)} partitions, this one has {partitions}"
         )
-    for position in positions:
-        found = _STREAM_ID.fullmatch(position)
-        if found is None or max(map(int, found.groups())) >= 2**64:
-            raise InvalidArgumentError.of("cursor", f"is not an event's: {cursor!r:.80}")
     return positions
+
+
+def _is_stream_id(text: str) -> bool:
+    found = _STREAM_ID.fullmatch(text)
+    return found is not None and max(map(int, found.groups())) < 2**64

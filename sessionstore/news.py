@@ -232,7 +232,7 @@ def _pause_after(error: Exception, before: float) -> float:
 class ThreadNews(News):
     """The news of a ``SessionStore``, read by a daemon thread while anybody listens."""
 
-    def __init__(self, client: Callable[[], Any], control: str) -> None:
+    def __init__(self, client: Any, control: str) -> None:
         self._client = client
         super().__init__(control)
         _alive.add(self)
@@ -269,7 +269,7 @@ class ThreadNews(News):
         """Wake the thread that reads. Without the right to publish, it takes it a second longer."""
         try:
             with self.reading:
-                self._client().publish(self.control, "")
+                self._client.publish(self.control, "")
         except RedisError:
             self.was_not_sent()
 
@@ -277,7 +277,7 @@ class ThreadNews(News):
         pause = 0.0
         while True:
             try:
-                pubsub = self._client().pubsub()
+                pubsub = self._client.pubsub()
                 try:
                     while self.is_wanted():
                         for command, channels in self.changes():
@@ -318,9 +318,7 @@ class TaskNews(News):
     ``publish`` sends a word to a channel.
     """
 
-    def __init__(
-        self, client: Callable[[], Any], publish: Callable[[str], Awaitable[Any]], control: str
-    ) -> None:
+    def __init__(self, client: Any, publish: Callable[[str], Awaitable[Any]], control: str) -> None:
         self._client, self._publish = client, publish
         super().__init__(control)
         self._task: asyncio.Task[None] | None = None
@@ -355,7 +353,7 @@ class TaskNews(News):
         pause = 0.0
         while True:
             try:
-                pubsub = self._client().pubsub()
+                pubsub = self._client.pubsub()
                 try:
                     while self.is_wanted():
                         for command, channels in self.changes():

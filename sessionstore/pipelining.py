@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any, NamedTuple, TypeAlias
 
-from redis.exceptions import NoScriptError, OutOfMemoryError
+from redis.exceptions import NoScriptError
 
 from sessionstore._call import Call, Several, Snapshot
 from sessionstore.errors import own_copy
@@ -35,7 +35,6 @@ Single: TypeAlias = Call[Any] | Snapshot[Any] | Several[Any]
 
 #: What redis-py's ``execute_command`` takes.
 Words: TypeAlias = tuple[str | int | bytes, ...]
-
 
 VARIANTS = 8  # of each script; the server keeps them all
 
@@ -72,17 +71,7 @@ def encoded(call: Call[Any], lane: Lane | None) -> Command:
     """The same in bytes: redis-py's asyncio client takes four times as long to encode it."""
     script, operands = command(call, lane)
     return Command(
-        script,
-        tuple(
-            [
-                one.encode()
-                if type(one) is str
-                else one
-                if type(one) is bytes
-                else str(one).encode()
-                for one in operands
-            ]
-        ),
+        script, tuple([one.encode() if type(one) is str else str(one).encode() for one in operands])
     )
 
 
@@ -197,8 +186,3 @@ class Rounds:
             self.replies[number] = own_copy(error)
         self._missing, self._round = (), 3
         return True
-
-
-def is_out_of_memory(reply: Any) -> bool:
-    """Whether a MULTI was refused because the server's memory is full."""
-    return isinstance(reply, OutOfMemoryError)

@@ -230,12 +230,12 @@ class SessionStore(_Store, SyncExecutor):
         loaded = StoreSettings.load(**settings)
         super().__init__(own_client=client is None, redact=redact, settings=loaded)
         self._leases = ThreadLeases(self, self, loaded.worker)
-        self._news = ThreadNews(lambda: self._client, self.keyspace.news)
         self._client = (
             connecting.connect(connecting.url_from_environment(), loaded)
             if client is None
             else connecting.accepted(client)
         )
+        self._news = ThreadNews(self._client, self.keyspace.news)
         self._in_bytes = _LEFT_IN_BYTES if connecting.decodes(self._client) else {}
 
     @classmethod
@@ -575,7 +575,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         )
         self._in_bytes = _LEFT_IN_BYTES if connecting.decodes(self._client) else {}
         self._being_opened: asyncio.Future[Exception | None] | None = None
-        self._news = TaskNews(lambda: self._client, self._publish, self.keyspace.news)
+        self._news = TaskNews(self._client, self._publish, self.keyspace.news)
         self._coalescing = (
             Coalescer(
                 self._execute if self._in_bytes else self._client.execute_command,
@@ -743,8 +743,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
 
     def _reading(self) -> AbstractAsyncContextManager[Any]:
         """Hundreds of followers need no more connections than a few."""
-        together = self._coalescing is not None and self._checked
-        return nullcontext() if together else self._news.reading
+        return self._news.reading if self._coalescing is None else nullcontext()
 
     async def _carry_out(
         self, request: Request[T], lane: Lane | None, *, is_repeat: bool = False
@@ -828,7 +827,12 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         return rounds.replies
 
     async def _publish(self, channel: str) -> None:
-        await self._client.publish(channel, "")
+        """A word to oneself; it takes no more connections than those who follow."""
+        if self._coalescing is not None:
+            await self._coalescing.send(Command(None, (b"PUBLISH", channel.encode(), b"")))
+        else:
+            async with self._news.reading:
+                await self._client.publish(channel, "")
 
     async def _open_together(self) -> None:
         """Open the store once for all tasks that wait for it: each would take a connection.

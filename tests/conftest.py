@@ -84,9 +84,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     if config.getoption(EVERY_SERVER):
         return
-    kept = [item for item in items if _has_its_turn(item)]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-    items[:] = kept
+    turns = [(item, _has_its_turn(item)) for item in items]
+    config.hook.pytest_deselected(items=[item for item, has_turn in turns if not has_turn])
+    items[:] = [item for item, has_turn in turns if has_turn]
 
 
 def _has_its_turn(item: Any) -> bool:

@@ -301,7 +301,7 @@ def test_a_cancelled_caller_disturbs_nobody(world: World, turns: int | None) -> 
 
 
 WORKERS = 60
-CANCELLED = 10_000  # on each server
+CANCELLED = 20_000
 
 
 class Stormy:

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import redis.asyncio
@@ -331,7 +330,6 @@ async def _write(url: str, seconds: float, pace: float, ids: Sequence[str]) -> N
 
 
 if __name__ == "__main__":
-    assert Path(__file__).name == "live.py"
     asyncio.run(
         _write(sys.argv[1], float(sys.argv[2]), float(sys.argv[3]), sys.stdin.read().split())
     )

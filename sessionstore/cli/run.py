@@ -210,11 +210,22 @@ def _accompany(
     ]
     pid = {"pid": str(process.pid)}
     recorder.call(recorder.store.update_metadata, recorder.session_id, pid)
-    code = process.wait()
+    code = _wait_for(process)
     give_up_at = time.monotonic() + LONGEST_LINGER
     for pump in pumps:
         pump.wait(give_up_at)
     return code
+
+
+def _wait_for(process: subprocess.Popen[bytes]) -> int:
+    """Wait for a command's end; its return code.
+
+    In short waits: Python hands a signal on between two of its own instructions, so that one which
+    comes just before a wait without an end would reach the command only after its end.
+    """
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(1.0)
 
 
 class _Loss:

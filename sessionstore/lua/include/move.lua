@@ -17,8 +17,7 @@ local function move(prefix, id, old, new)
     if ENDED[new] then
       redis.call('ZREM', activity, id)
       redis.call('ZADD', ended, integer(now_us), id)
-      wake(prefix .. 'session:' .. id .. ':output', 'ended')
-      wake(prefix .. 'session:' .. id .. ':errors', 'ended')
+      wake_followers(prefix .. 'session:' .. id, 'ended')
     else
       redis.call('ZREM', ended, id)
     end

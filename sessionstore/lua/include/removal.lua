@@ -31,6 +31,5 @@ local function remove(prefix, id, removal, actor)
   end
   event(prefix .. 'events', 'deleted', id, type, actor, 'old_status', removal.status or '',
     'output_total', removal.output_total, 'error_total', removal.error_total)
-  wake(session .. ':output', 'deleted')
-  wake(session .. ':errors', 'deleted')
+  wake_followers(session, 'deleted')
 end

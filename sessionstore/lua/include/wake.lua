@@ -5,3 +5,9 @@
 local function wake(key, news)
   redis.pcall('PUBLISH', key, news)
 end
+
+-- News of a session as a whole, for those who follow one of its buffers.
+local function wake_followers(session, news)
+  wake(session .. ':output', news)
+  wake(session .. ':errors', news)
+end
