@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from redis.exceptions import ConnectionError, NoScriptError
 
@@ -29,6 +29,7 @@ from sessionstore.errors import own_copy
 from sessionstore.pipelining import Command
 
 MOST_CALLS = 128  # in one pipeline
+WORTH_HALVING = 32  # calls, gathered while nothing is on its way
 MOST_BYTES = 1024 * 1024  # of arguments in one pipeline
 #: Pipelines and lone calls on their way at the same time. With more of them there would be more
 #: connections, smaller pipelines, and no more calls: the interpreter is what is short.
@@ -49,7 +50,7 @@ _Waiting: TypeAlias = tuple[Command, bool, "asyncio.Future[Any]"]
 
 def _weight(command: Command, *, has_large_reply: bool) -> int:
     """What a command counts for in a pipeline, in bytes."""
-    text = sum([len(operand) for operand in command.operands if type(operand) is bytes])
+    text = sum(map(len, cast("tuple[bytes, ...]", command.operands)))  # they are encoded
     return text + LARGE_REPLY if has_large_reply else text
 
 
@@ -139,7 +140,10 @@ class Coalescer:
         """The next that are waiting, as many as a pipeline takes."""
         gathered: list[_Waiting] = []
         weight = 0
-        while self._waiting and len(gathered) < MOST_CALLS:
+        # In halves, the server carries out the one while the other is being made ready.
+        is_first = not self._on_their_way and len(self._waiting) >= WORTH_HALVING
+        most = min(MOST_CALLS, (len(self._waiting) + 1) // 2 if is_first else MOST_CALLS)
+        while self._waiting and len(gathered) < most:
             command, has_large_reply, future = self._waiting[0]
             if not future.done():  # cancelled, and never sent
                 weight += _weight(command, has_large_reply=has_large_reply)

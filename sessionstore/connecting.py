@@ -110,6 +110,11 @@ def _of_kind(client: object, wanted: str, not_of: tuple[type, ...]) -> Any:
     return client
 
 
+def decodes(client: Any) -> bool:
+    """Whether a client answers in text unless it is asked not to."""
+    return hasattr(client, "get_encoder") and bool(client.get_encoder().decode_responses)
+
+
 def _encoding(client: Any) -> str:
     if not hasattr(client, "get_encoder"):  # an object that only passes commands on
         return "utf-8"

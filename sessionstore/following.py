@@ -165,7 +165,7 @@ def _positions_of(cursor: str, partitions: int) -> _Positions:
         raise InvalidArgumentError.of("cursor", f"must be a str, not {type(cursor).__name__}")
     if cursor == OLDEST:
         return (_START,) * partitions
-    positions = tuple(position or _START for position in cursor.split(","))
+    positions = tuple(position or _START for position in cursor.split(",")) if cursor else ("",)
     if len(positions) != partitions:
         raise InvalidArgumentError.of(
             "cursor", f"is of a store with {len(positions)} partitions, this one has {partitions}"

@@ -62,6 +62,7 @@ from sessionstore.pipelining import (
     answers,
     command,
     commands,
+    encoded,
 )
 from sessionstore.scripts import load
 from sessionstore.settings import SettingsArguments, StoreSettings
@@ -70,9 +71,9 @@ from sessionstore.writer import AsyncWriter, Writer
 T = TypeVar("T")
 C = TypeVar("C")
 
-#: Replies are left in bytes even by a client that decodes them, perhaps strictly: of a pipeline,
-#: one byte that is no UTF-8 would spoil the replies to all.
-_IN_BYTES: dict[str, Any] = {NEVER_DECODE: True}
+#: Replies are left in bytes by a client that decodes them, perhaps strictly: of a pipeline, one
+#: byte that is no UTF-8 would spoil the replies to all.
+_LEFT_IN_BYTES: dict[str, Any] = {NEVER_DECODE: True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ class Pending:
 class _Store(SessionOperations):
     """What both stores have, apart from I/O."""
 
+    _in_bytes: dict[str, Any]  # an option of each command
     _client: Any  # redis-py's own types are too loose to help: a command's reply is unknown
 
     def __init__(
@@ -219,6 +221,7 @@ class SessionStore(_Store, SyncExecutor):
             if client is None
             else connecting.accepted(client)
         )
+        self._in_bytes = _LEFT_IN_BYTES if connecting.decodes(self._client) else {}
 
     @classmethod
     def from_url(
@@ -416,9 +419,9 @@ class SessionStore(_Store, SyncExecutor):
         if isinstance(request, Call):
             one = command(request, lane)
             try:
-                return self._client.execute_command(*one.evalsha, **_IN_BYTES)
+                return self._client.execute_command(*one.evalsha, **self._in_bytes)
             except NoScriptError:
-                return self._client.execute_command(*one.eval, **_IN_BYTES)
+                return self._client.execute_command(*one.eval, **self._in_bytes)
         if isinstance(request, Several):
             return answer(request, self._send_pipeline(Rounds(commands(request, None))))
         if isinstance(request, Together):
@@ -436,7 +439,7 @@ class SessionStore(_Store, SyncExecutor):
         while to_send := rounds.following():
             with self._client.pipeline(transaction=False) as pipe:
                 for words in to_send:
-                    pipe.execute_command(*words, **_IN_BYTES)
+                    pipe.execute_command(*words, **self._in_bytes)
                 try:
                     replies = pipe.execute(raise_on_error=False)
                 except RedisError as error:
@@ -522,11 +525,12 @@ class AsyncSessionStore(_Store, AsyncExecutor):
             if client is None
             else connecting.accepted_async(client)
         )
+        self._in_bytes = _LEFT_IN_BYTES if connecting.decodes(self._client) else {}
         self._being_opened: asyncio.Future[Exception | None] | None = None
         self._news = TaskNews(lambda: self._client, self._publish, self.keyspace.news)
         self._coalescing = (
             Coalescer(
-                self._execute,
+                self._execute if self._in_bytes else self._client.execute_command,
                 lambda several: self._send_pipeline(Rounds(several)),
                 connecting.connections_of(self._client),
             )
@@ -707,12 +711,12 @@ class AsyncSessionStore(_Store, AsyncExecutor):
             if self._coalescing is None:
                 return self._send_alone(command(request, lane))
             return self._coalescing.send(
-                command(request, lane).encoded(), has_large_reply=request.script in LARGE_REPLIES
+                encoded(request, lane), has_large_reply=request.script in LARGE_REPLIES
             )
         return self._send_several(request)
 
     def _execute(self, *words: Any) -> Awaitable[Any]:
-        reply: Awaitable[Any] = self._client.execute_command(*words, **_IN_BYTES)
+        reply: Awaitable[Any] = self._client.execute_command(*words, **self._in_bytes)
         return reply
 
     async def _send_alone(self, one: Command) -> Any:
@@ -745,7 +749,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         while to_send := rounds.following():
             async with self._client.pipeline(transaction=False) as pipe:
                 for words in to_send:
-                    pipe.execute_command(*words, **_IN_BYTES)
+                    pipe.execute_command(*words, **self._in_bytes)
                 try:
                     replies = await pipe.execute(raise_on_error=False)
                 except RedisError as error:

@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 from uuid import uuid4
+from zlib import crc32
 
 import fakeredis
 import fakeredis.aioredis
@@ -50,14 +51,12 @@ def _programs() -> dict[str, ServerProgram]:
 PROGRAMS = _programs()
 SERVERS = tuple(PROGRAMS)
 STYLES = ("sync", "async")
-#: Every world's name: style, target, and the number of partitions unless it is one. What a store
-#: does with a reply, and how it spreads keys, is this side's: so on fakeredis both styles, on each
-#: server one of them with one partition and the other with 16, taking turns.
+#: Every world's name: style, target, and the number of partitions unless it is one.
 WORLDS = [
-    *(f"{style}-{FAKEREDIS}" for style in STYLES),
-    *(f"{STYLES[n % 2]}-{target}" for n, target in enumerate(SERVERS)),
-    *(f"{STYLES[(n + 1) % 2]}-{target}-16" for n, target in enumerate(SERVERS)),
+    *(f"{style}-{target}" for target in (FAKEREDIS, *SERVERS) for style in STYLES),
+    *(f"{style}-{target}-16" for target in SERVERS for style in STYLES),
 ]
+EVERY_SERVER = "--every-server"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -73,11 +72,45 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="do not look for the fewest steps that fail, which takes minutes",
     )
+    parser.addoption(EVERY_SERVER, action="store_true", help="run each test on every server")
 
 
-def pytest_report_header() -> list[str]:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let the servers take turns: each test on one of them, unless every one is asked for.
+
+    What a store does with a reply, and how it spreads keys, is this side's. So a contract test runs
+    on fakeredis in both styles, on one server in one style, and with 16 partitions on the next
+    server in the other.
+    """
+    if config.getoption(EVERY_SERVER):
+        return
+    kept = [item for item in items if _has_its_turn(item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
+
+
+def _has_its_turn(item: Any) -> bool:
+    chosen = getattr(getattr(item, "callspec", None), "params", {})
+    turn = crc32(f"{item.path.name}::{item.originalname}".encode())
+    server, style = turn % len(SERVERS), turn // len(SERVERS) % 2
+    for name in ("server", "own_server"):
+        if name in chosen and chosen[name] != SERVERS[server]:
+            return False
+    world = chosen.get("world")
+    if world not in WORLDS or FAKEREDIS in world:
+        return True
+    following = SERVERS[(server + 1) % len(SERVERS)]
+    return world in (
+        f"{STYLES[style]}-{SERVERS[server]}",
+        f"{STYLES[1 - style]}-{following}-16",
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
     lines = [f"redis-py {redis.__version__}, fakeredis {fakeredis.__version__}"]
     lines += [f"server: {program} ({program.path})" for program in PROGRAMS.values()]
+    if not config.getoption(EVERY_SERVER):
+        lines.append(f"servers take turns, a test each; {EVERY_SERVER}: each test on all")
     lines += [
         f"server: NO {name} HERE, its share of the tests does not run"
         for name in ("redis", "valkey")

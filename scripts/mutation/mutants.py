@@ -17,7 +17,7 @@ from damages import MODEL, Damage
 
 ROOT = Path(__file__).parents[2]
 LUA = Path("sessionstore") / "lua"
-#: One world is enough for a mistake in Lua: a blocking store, one partition, one real server.
+#: One world of all is enough for a mistake in Lua: a blocking store, one partition, a real server.
 ONE_WORLD = "not async and not fakeredis and not 16"
 TIMEOUT = 180.0  # seconds for one file of tests
 PASSED, FAILED = 0, 1  # pytest's exit codes
@@ -59,7 +59,8 @@ def run_tests(package: Path, file: str, server: str) -> tuple[int, str]:
     """pytest's exit code with the package of a folder, and the end of what it printed."""
     others = {"redis": "valkey", "valkey": "redis"}[server]
     chosen = f"{ONE_WORLD} and not {others}"
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", chosen]
+    plugins = ["-p", "no:cacheprovider", "-p", "no:xdist"]
+    options = ["-x", "-q", *plugins, "--every-server", "-k", chosen]
     if file == MODEL:
         options += ["--model-as-found"]
     environment = os.environ | {"PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"}
