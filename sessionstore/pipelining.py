@@ -70,9 +70,11 @@ def command(call: Call[Any], lane: Lane | None) -> Command:
 def encoded(call: Call[Any], lane: Lane | None) -> Command:
     """The same in bytes: redis-py's asyncio client takes four times as long to encode it."""
     script, operands = command(call, lane)
-    return Command(
-        script, tuple([one.encode() if type(one) is str else str(one).encode() for one in operands])
-    )
+    return Command(script, tuple([_bytes(one) for one in operands]))
+
+
+def _bytes(one: str | int | bytes) -> bytes:
+    return one if type(one) is bytes else str(one).encode()
 
 
 def commands(request: Single, lane: Lane | None) -> list[Command]:

@@ -103,6 +103,7 @@ class Session:
             self.touched.add("ended")
         elif not self.ended:
             self.ended_us = None
+            self.touched.discard("ended")
 
     def end_lease(self) -> None:
         self.owner = self.expires_ms = self.marked_ms = None

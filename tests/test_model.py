@@ -159,7 +159,8 @@ tail = st.sampled_from((None, 0, 1, 3))
 cursor = st.sampled_from((0, 0, 1, 2, 4, 7, 50))
 chunk = st.sampled_from(("", "line", "漢字 😀", "a\nb", "\x00", "x" * 70, "y" * 200))
 chunks = st.lists(chunk, min_size=1, max_size=5)
-NAMES = [{f"{prefix}{number}": "v" for number in range(40)} for prefix in "ab"]
+#: Of 64 names that a session may have.
+NAMES = [{f"{size}-{number}": "v" for number in range(size)} for size in (40, 64)]
 metadata = st.sampled_from(
     ({"branch": "main"}, {"branch": None}, {"cost": "1", "branch": None}, {}, *NAMES,
      dict.fromkeys(NAMES[0], None))
@@ -564,6 +565,12 @@ class Machine(RuleBasedStateMachine):
         held = self.workers[by].held
         return lambda session: session.owner is None or session.id in held
 
+    def is_taken_away(self, lease: Lease) -> bool:
+        """Whether others hold what a worker has not given back."""
+        session = self.model.sessions.get(lease.session_id)
+        taken = session is None or (session.owner is not None and session.fence != lease.fence)
+        return taken and not lease.released and not lease.abandoned
+
     def claimable(self, session: Session) -> bool:
         was_held = session.owner is not None and not session.is_live(self.before)
         return session.status == "active" or was_held
@@ -646,7 +653,12 @@ class Machine(RuleBasedStateMachine):
         self.ask(by, name)
 
     def read(self, by: int, pick: int, cursor: int, limit: int, name: str) -> None:
-        self.ask(by, name, self.some(pick, lambda s: s.output.total), cursor, limit)
+        which = "output" if name == "read_output" else "error"
+
+        def fits(session: Session) -> bool:
+            return getattr(session, which).total > 0 and (session.ended or limit == 1)
+
+        self.ask(by, name, self.some(pick, fits), cursor, limit)
 
     def follow(self, by: int, pick: int, cursor: int, name: str) -> None:
         ended = [s.id for s in self.model.sessions.values() if s.ended]
@@ -675,8 +687,10 @@ class Machine(RuleBasedStateMachine):
     def use_lease(self, pick: int, name: str, status: str, error: str | None) -> None:
         if not self.leases:
             return
-        newest = self.leases[-4:]
-        by, lease, wanted = newest[pick % len(newest)]
+        chosen = self.leases[-4:]
+        if pick % 2:
+            chosen = [one for one in self.leases if self.is_taken_away(one[2])] or chosen
+        by, lease, wanted = chosen[pick % len(chosen)]
         worker = self.workers[by]
         if name == "release":
             self.compare(

@@ -21,9 +21,7 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", help="damages with this in file or reason")
     parser.add_argument("--jobs", type=int, default=2, help="how many at the same time")
-    parser.add_argument(
-        "--server", choices=("redis", "valkey"), default="redis", help="valkey where Redis is not"
-    )
+    parser.add_argument("--server", choices=("redis", "valkey"), default="redis")
     options = parser.parse_args()
     chosen = [one for one in DAMAGES if options.only in f"{one.file} {one.why}"]
     check_texts(DAMAGES)
