@@ -22,8 +22,10 @@ from zlib import crc32
 
 import fakeredis
 import fakeredis.aioredis
+import programme
 import pytest
 import redis
+from programme import attack  # noqa: F401, a fixture
 from rawkeys import RawKeys
 
 import sessionstore.news
@@ -61,13 +63,7 @@ EVERY_SERVER = "--every-server"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(EVERY_SERVER, action="store_true", help="run each test on every server")
-    parser.addoption(
-        "--model-steps",
-        type=int,
-        default=0,
-        metavar="N",
-        help="take so many steps beside the model (test_model.py), with a check after each",
-    )
+    programme.add_options(parser)
     parser.addoption(
         "--model-as-found",
         action="store_true",
@@ -82,9 +78,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     on fakeredis in both styles, on one server in one style, and with 16 partitions on the next
     server in the other.
     """
-    if config.getoption(EVERY_SERVER):
-        return
-    turns = [(item, _has_its_turn(item)) for item in items]
+    every, asked = config.getoption(EVERY_SERVER), config.getoption(programme.ATTACK)
+    turns = [
+        (item, (every or _has_its_turn(item)) and programme.is_asked_for(item, asked))
+        for item in items
+    ]
     config.hook.pytest_deselected(items=[item for item, has_turn in turns if not has_turn])
     items[:] = [item for item, has_turn in turns if has_turn]
 
