@@ -47,6 +47,10 @@ GOOD: dict[str, dict[str, Any]] = {
     "get_metrics": {},
     "find_sessions": {},
     "iter_sessions": {},
+    "export_sessions": {},
+    "check": {},
+    "repair": {},
+    "drift": {},
     "read_output": {"session_id": ID},
     "read_errors": {"session_id": ID},
     "follow_output": {"session_id": ID},
@@ -178,6 +182,15 @@ ORDER = [
     (5, "must be"),
 ]
 
+_FILTERS = {
+    "type": TYPE,
+    "status": STATUSES,
+    "task_id": OPTIONAL_ID,
+    "mcp_session_id": OPTIONAL_ID,
+    "service_session_id": OPTIONAL_ID,
+    "owner": OPTIONAL_ID,
+    "idle_for": SECONDS,
+}
 _READ = {"session_id": ID_TEXT, "cursor": CURSOR, "limit": PAGE}
 _FOLLOW = {"session_id": ID_TEXT, "cursor": CURSOR}
 _APPEND = {"session_id": ID_TEXT, "chunks": CHUNKS}
@@ -204,28 +217,12 @@ BAD: dict[str, dict[str, list[tuple[Any, str]]]] = {
     "get_all_sessions": {"tail": TAIL},
     "get_sessions_by_type": {"type": TYPE, "tail": TAIL},
     "get_metrics": {},
-    "find_sessions": {
-        "type": TYPE,
-        "status": STATUSES,
-        "task_id": OPTIONAL_ID,
-        "mcp_session_id": OPTIONAL_ID,
-        "service_session_id": OPTIONAL_ID,
-        "owner": OPTIONAL_ID,
-        "idle_for": SECONDS,
-        "order": ORDER,
-        "limit": LIMIT,
-        "tail": TAIL,
-    },
-    "iter_sessions": {
-        "type": TYPE,
-        "status": STATUSES,
-        "task_id": OPTIONAL_ID,
-        "mcp_session_id": OPTIONAL_ID,
-        "service_session_id": OPTIONAL_ID,
-        "owner": OPTIONAL_ID,
-        "idle_for": SECONDS,
-        "tail": TAIL,
-    },
+    "find_sessions": {**_FILTERS, "order": ORDER, "limit": LIMIT, "tail": TAIL},
+    "iter_sessions": {**_FILTERS, "tail": TAIL},
+    "export_sessions": _FILTERS,
+    "check": {},
+    "repair": {},
+    "drift": {},
     "read_output": _READ,
     "read_errors": _READ,
     "follow_output": _FOLLOW,
