@@ -692,12 +692,13 @@ READING = [
     ),
     _damage(
         "find_sessions", "a page begins with the last of the page before",
-        "seen and '(' .. integer(seen.score) or '-inf'", "seen and integer(seen.score) or '-inf'",
+        "if not seen or before(seen, candidate) then\n        following",
+        "if true then\n        following",
         ITERATION, LISTING,
     ),
     _damage(
         "find_sessions", "a listing ends with its first page",
-        "return candidates, #candidates == walked", "return candidates, false",
+        "return following, #head == walked", "return following, false",
         ITERATION, LISTING,
     ),
     _damage(
