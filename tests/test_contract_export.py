@@ -329,7 +329,7 @@ def test_a_session_that_differs_is_never_overwritten_unasked(
     source = world.store()
     own = source.create_session("claude", "s", "/src").id
     source.add_output(own, *("z" * 100 for _ in range(size)))
-    other = source.create_session("claude", "s2", "/src").id
+    other = source.create_session("codex", "s2", "/src").id  # `own` is the last of its type
     lines = list(source.export_sessions())
     there = fresh(world.partitions)
     store = there.store()
@@ -397,6 +397,55 @@ def test_what_another_import_has_staged_is_not_taken_for_ones_own(
     there.store().import_sessions(lines)
     assert contents(there) == contents(world)
     assert_consistent(there)
+
+
+def test_a_session_whose_staged_parts_are_not_all_there_is_not_imported(
+    world: Any, fresh: Callable[..., Namespace]
+) -> None:
+    own = world.store().create_session("claude", "s", "/src").id
+    world.store().add_output(own, *("z" * 100 for _ in range(200)))
+    there, lines = fresh(), list(world.store().export_sessions())
+    staged = f"{there.prefix}import:{own}:output"
+
+    def losing() -> Iterator[str]:
+        for one in lines:
+            if '"end"' in one:
+                there.redis.rpop(staged)
+            yield one
+
+    with pytest.raises(ImportConflictError, match=own):
+        there.store().import_sessions(losing())
+    assert there.store().find_session(own) is None
+
+
+OVERTAKEN: dict[str, tuple[Callable[..., object], type[Exception]]] = {
+    "another import's": (lambda redis, _, staged: redis.lset(staged, 0, "x"), ImportConflictError),
+    "a session that is there": (
+        lambda redis, session, _: redis.hset(session, "id", "x"), SessionExistsError,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OVERTAKEN)
+def test_no_part_is_staged_beside_what_another_has_done(
+    world: Any, fresh: Callable[..., Namespace], name: str
+) -> None:
+    own = world.store().create_session("claude", "s", "/src").id
+    world.store().add_output(own, *("z" * 100 for _ in range(400)))
+    there, lines = fresh(), list(world.store().export_sessions())
+    staged, taken = f"{there.prefix}import:{own}:output", [""]
+    meddle, error = OVERTAKEN[name]
+
+    def overtaken() -> Iterator[str]:
+        for one in lines:
+            taken.append(one)
+            if there.redis.llen(staged) > 1:
+                meddle(there.redis, there.session(own), staged)
+            yield one
+
+    with pytest.raises(error, match=own):
+        there.store().import_sessions(overtaken())
+    assert '"end"' not in taken[-1], "it was seen only when all parts had come"
 
 
 # ---- A live namespace ---------------------------------------------------------------------------

@@ -843,16 +843,6 @@ TRANSFER = [
         EXPORT,
     ),
     _damage(
-        "export_sessions", "the last session of a page comes again in the next",
-        "us == seen_us and id > seen_id", "us == seen_us and id >= seen_id",
-        EXPORT,
-    ),
-    _damage(
-        "export_sessions", "a page ends one row too late",
-        "#rows == most_rows or", "#rows > most_rows or",
-        EXPORT,
-    ),
-    _damage(
         "export_sessions", "filters do not matter",
         "if matches(candidate.id) then", "if true then",
         EXPORT,
