@@ -42,5 +42,5 @@ def test_what_is_told_is_written_down_even_if_it_fails(tmp_path: Path) -> None:
 
     assert json.loads(figures.read_text()) == {
         "attack": "an attack", "test": "a test", "control": False,
-        "injected": 10, "wrong": 1, "seen": {"live_chunks": 7},
+        "injected": 10, "wrong": 1, "seen": {"live_chunks": 7}, "outcomes": {},
     }  # fmt: skip
