@@ -59,6 +59,7 @@ WORLDS = [
     *(f"{style}-{target}-16" for target in SERVERS for style in STYLES),
 ]
 EVERY_SERVER = "--every-server"
+SERVER_FIXTURES = ("server", "own_server")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -79,24 +80,47 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     server in the other.
     """
     every, asked = config.getoption(EVERY_SERVER), config.getoption(programme.ATTACK)
+    offered: dict[tuple[Any, ...], list[str]] = {}
+    for item in items:
+        for name, value in _servers_of(item).items():
+            servers = offered.setdefault((item.path, _name(item), name), [])
+            if value not in servers:
+                servers.append(value)
+
+    def has_its_turn(item: Any) -> bool:
+        turn = crc32(f"{item.path.name}::{_name(item)}".encode())
+        for name, value in _servers_of(item).items():
+            servers = offered[item.path, _name(item), name]
+            if value != servers[turn % len(servers)]:
+                return False
+        return _is_world_of(turn, item)
+
     turns = [
-        (item, (every or _has_its_turn(item)) and programme.is_asked_for(item, asked))
+        (item, (every or has_its_turn(item)) and programme.is_asked_for(item, asked))
         for item in items
     ]
     config.hook.pytest_deselected(items=[item for item, has_turn in turns if not has_turn])
     items[:] = [item for item, has_turn in turns if has_turn]
 
 
-def _has_its_turn(item: Any) -> bool:
-    chosen = getattr(getattr(item, "callspec", None), "params", {})
-    turn = crc32(f"{item.path.name}::{item.originalname}".encode())
-    server, style = turn % len(SERVERS), turn // len(SERVERS) % 2
-    for name in ("server", "own_server"):
-        if name in chosen and chosen[name] != SERVERS[server]:
-            return False
-    world = chosen.get("world")
+def _name(item: Any) -> str:
+    return item.originalname or item.name
+
+
+def _params(item: Any) -> dict[str, Any]:
+    return getattr(getattr(item, "callspec", None), "params", {})
+
+
+def _servers_of(item: Any) -> dict[str, str]:
+    """The servers among a test's parameters; some tests are offered one of them only."""
+    return {name: value for name, value in _params(item).items() if name in SERVER_FIXTURES}
+
+
+def _is_world_of(turn: int, item: Any) -> bool:
+    world = _params(item).get("world")
     if world not in WORLDS or FAKEREDIS in world:
         return True
+    server, style = turn % len(SERVERS), turn // len(SERVERS) % 2
     following = SERVERS[(server + 1) % len(SERVERS)]
     return world in (
         f"{STYLES[style]}-{SERVERS[server]}",
