@@ -35,6 +35,8 @@ ROWS = (
     Row("kills", 1000, "SIGKILLs of workers at work", "separate commands"),
     Row("pauses", 150, "workers stopped past their lease", "the fence not checked", jobs=1),
     Row("claim race", 5000, "sessions that 8 processes claim at once", "read, then set", jobs=1),
+    Row("claims and releases", 10_000, "of one session, which leave nothing but its fence",
+        "a release that forgets a part"),
     Row("histories", 2000, "histories of claims and appends, linearized", "read, then set", jobs=1),
     Row("model", 100_000, "steps beside a model, a check after each", "", fewest=100),
     Row("mutants", 40, "small damages to the Lua, noticed by the tests", ""),
