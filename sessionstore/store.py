@@ -455,6 +455,9 @@ class SessionStore(_Store, SyncExecutor):
                 if lane is not None:
                     self._settle(error, request, lane, is_repeat=is_repeat)
                 raise
+            finally:
+                if attempts is not None and attempts.were_cut_off:
+                    self._checked = False  # not for this call: it may have written
             if lane is not None:
                 self._lanes.give_back(lane)
             result = request.decode(reply)
@@ -765,6 +768,9 @@ class AsyncSessionStore(_Store, AsyncExecutor):
                 if lane is not None:
                     self._settle(error, request, lane, is_repeat=is_repeat)
                 raise
+            finally:
+                if attempts is not None and attempts.were_cut_off:
+                    self._checked = False  # not for this call: it may have written
             if lane is not None:
                 self._lanes.give_back(lane)
             result = request.decode(reply)

@@ -23,6 +23,7 @@ from sessionstore import (
     SessionStoreError,
     StoreSettings,
     UnsafeServerError,
+    __version__,
 )
 from sessionstore._server import PrivateServer
 
@@ -280,6 +281,7 @@ def test_the_first_call_stamps_the_layout(world: Any, store: Any) -> None:
     assert world.redis.hgetall(world.meta) == {
         "schema": "1",
         "partitions": str(world.partitions),
+        "written_by": __version__,
     }
 
 
@@ -291,7 +293,7 @@ def test_a_namespace_of_another_layout_is_not_touched(
 ) -> None:
     world.redis.hset(world.meta, mapping=meta)
     for _ in range(2):  # refused each time, not just the first
-        with pytest.raises(SchemaMismatchError, match="this store"):
+        with pytest.raises(SchemaMismatchError, match="nothing was written"):
             store.create_session("claude", "s", "/src")
         with pytest.raises(SchemaMismatchError):
             store.get_metrics()
