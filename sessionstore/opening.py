@@ -12,7 +12,6 @@ with none of what older workers pass over: another hash field, key, event, or fi
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping
 from typing import Any, cast
@@ -23,8 +22,6 @@ from sessionstore._version import __version__
 from sessionstore.errors import SchemaMismatchError, UnsafeServerError
 from sessionstore.keys import Keyspace
 from sessionstore.settings import StoreSettings
-
-logger = logging.getLogger("sessionstore")
 
 #: Of exports too: whoever raises it sees to it that those of every lower one can be imported.
 SCHEMA_VERSION = "1"
@@ -100,26 +97,26 @@ def _remedy(schema: str | None) -> str:
     )
 
 
-def check_server(info: Any, settings: StoreSettings) -> None:
-    """Refuse a server that evicts, warn of one that does not tell.
+def check_server(info: Any, settings: StoreSettings) -> str:
+    """Refuse a server that evicts; what to warn of, one that does not tell, or nothing.
 
     Raises:
         UnsafeServerError: the server may evict any key when its memory is full.
     """
     if not isinstance(info, Mapping):
-        logger.warning("INFO is not available here: cannot tell whether the server evicts keys")
-        return
+        return "INFO is not available here: cannot tell whether the server evicts keys"
     memory: Mapping[str, Any] = cast("Any", info)
     policy = str(memory.get("maxmemory_policy", ""))
     if not int(memory.get("maxmemory", 0)):
-        return
+        return ""
     if policy.startswith("allkeys-") and not settings.allow_eviction:
         raise UnsafeServerError(
             f"the server evicts any key when its memory is full (maxmemory-policy {policy}), "
             "which would tear sessions apart: set it to noeviction, or pass allow_eviction=True"
         )
     if policy.startswith("volatile-"):
-        logger.warning(
-            "maxmemory-policy %s may evict what protects writes from being applied twice: "
-            "noeviction is safer", policy,
-        )  # fmt: skip
+        return (
+            f"maxmemory-policy {policy} may evict what protects writes from being applied twice: "
+            "noeviction is safer"
+        )
+    return ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import logging
 import time
 from collections.abc import (
     AsyncIterable,
@@ -77,6 +78,8 @@ from sessionstore.scripts import load
 from sessionstore.settings import SettingsArguments, StoreSettings
 from sessionstore.writer import AsyncWriter, Writer
 
+logger = logging.getLogger("sessionstore")
+
 T = TypeVar("T")
 C = TypeVar("C")
 
@@ -111,6 +114,7 @@ class _Store(SessionOperations):
         self._own_client = own_client
         self._lanes = Lanes()
         self._checked = False
+        self._warned_of = ""
         self._may_load_scripts = True
         self._closed = False
 
@@ -204,7 +208,10 @@ class _Store(SessionOperations):
         if isinstance(meta, ResponseError):
             raise meta
         opening.check_layout(meta, self.settings)
-        opening.check_server(info, self.settings)
+        warning = opening.check_server(info, self.settings)
+        if warning and warning != self._warned_of:  # once, however often connections fail
+            logger.warning(warning)
+        self._warned_of = warning
         self._checked = True
 
 

@@ -33,7 +33,7 @@ from sessionstore import SessionStore, __version__
 from sessionstore._server import PrivateServer
 
 PROGRAM = str(Path(__file__).with_name("rolling_workers.py"))
-LONGEST = 300  # seconds that a process may take
+LONGEST = 600  # seconds that a process may take
 #: What the later version keeps and this one does not know.
 ORIGINS = "sessions:origin:"
 
@@ -155,7 +155,7 @@ class Deploy:
         operations: int,
         rng: random.Random,
     ) -> None:
-        self.world, self.store = world, world.store(reap_grace=GRACE)
+        self.world, self.store = world, world.store(reap_grace=3 * GRACE)
         self.broken: list[str] = []
         share, where = -(-operations // (2 * len(styles))), (world.url, world.namespace)
         processes = [
