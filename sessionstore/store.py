@@ -448,11 +448,13 @@ class SessionStore(_Store, SyncExecutor):
         """Send a request until it is answered, and then those that follow from it."""
         while True:
             began, attempts = time.monotonic(), None
+            may_have_run = is_repeat  # then it is not refused for what is found afterwards
             try:
                 while True:
                     try:
-                        if not self._checked and self._must_open(request):
+                        if not self._checked and self._must_open(request) and not may_have_run:
                             self._open()
+                        may_have_run = True
                         reply = self._send(request, lane)
                         break
                     except RedisError as error:
@@ -464,7 +466,7 @@ class SessionStore(_Store, SyncExecutor):
                 raise
             finally:
                 if attempts is not None and attempts.were_cut_off:
-                    self._checked = False  # not for this call: it may have written
+                    self._checked = False  # another server may answer the next call
             if lane is not None:
                 self._lanes.give_back(lane)
             result = request.decode(reply)
@@ -761,11 +763,13 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         """Send a request until it is answered, and then those that follow from it."""
         while True:
             began, attempts = time.monotonic(), None
+            may_have_run = is_repeat  # then it is not refused for what is found afterwards
             try:
                 while True:
                     try:
-                        if not self._checked and self._must_open(request):
+                        if not self._checked and self._must_open(request) and not may_have_run:
                             await self._open_together()
+                        may_have_run = True
                         reply = await self._send(request, lane)
                         break
                     except RedisError as error:
@@ -777,7 +781,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
                 raise
             finally:
                 if attempts is not None and attempts.were_cut_off:
-                    self._checked = False  # not for this call: it may have written
+                    self._checked = False  # another server may answer the next call
             if lane is not None:
                 self._lanes.give_back(lane)
             result = request.decode(reply)

@@ -25,6 +25,7 @@ import sessionstore.opening
 from sessionstore import (
     Imported,
     ImportFormatError,
+    OutcomeUnknownError,
     SchemaMismatchError,
     SessionStore,
     StoreSettings,
@@ -223,6 +224,24 @@ def test_the_schema_is_looked_at_again_when_a_connection_has_failed(faulty: Faul
 
     faulty.redis.hset(faulty.meta, "schema", "1")
     assert store.add_output(own, "three") == 3
+
+
+def test_a_write_of_unknown_outcome_can_be_repeated_whatever_is_found_afterwards(
+    faulty: FaultyWorld,
+) -> None:
+    store = faulty.store(deadline=0.3)
+    own = store.create_session("claude", "service-1", "/src").id
+    faulty.proxy.plan([Fault.LOSE_REPLY] * 100)
+    with pytest.raises(OutcomeUnknownError) as unknown:
+        store.add_output(own, "one")
+    faulty.proxy.plan([])
+    faulty.redis.hset(faulty.meta, "schema", "2")
+
+    assert store.repeat(unknown.value) == 1
+
+    with pytest.raises(SchemaMismatchError):
+        store.add_output(own, "two")
+    assert faulty.redis.lrange(faulty.session(own, ":output"), 0, -1) == ["one"]
 
 
 def test_a_server_that_has_lost_the_layout_gets_it_again(faulty: FaultyWorld) -> None:
