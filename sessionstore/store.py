@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import logging
 import time
 from collections.abc import (
     AsyncIterable,
@@ -77,6 +78,8 @@ from sessionstore.scripts import load
 from sessionstore.settings import SettingsArguments, StoreSettings
 from sessionstore.writer import AsyncWriter, Writer
 
+logger = logging.getLogger("sessionstore")
+
 T = TypeVar("T")
 C = TypeVar("C")
 
@@ -111,6 +114,7 @@ class _Store(SessionOperations):
         self._own_client = own_client
         self._lanes = Lanes()
         self._checked = False
+        self._warned_of = ""
         self._may_load_scripts = True
         self._closed = False
 
@@ -204,7 +208,10 @@ class _Store(SessionOperations):
         if isinstance(meta, ResponseError):
             raise meta
         opening.check_layout(meta, self.settings)
-        opening.check_server(info, self.settings)
+        warning = opening.check_server(info, self.settings)
+        if warning and warning != self._warned_of:  # once, however often connections fail
+            logger.warning(warning)
+        self._warned_of = warning
         self._checked = True
 
 
@@ -441,11 +448,13 @@ class SessionStore(_Store, SyncExecutor):
         """Send a request until it is answered, and then those that follow from it."""
         while True:
             began, attempts = time.monotonic(), None
+            may_have_run = is_repeat  # then it is not refused for what is found afterwards
             try:
                 while True:
                     try:
-                        if not self._checked and self._must_open(request):
+                        if not self._checked and self._must_open(request) and not may_have_run:
                             self._open()
+                        may_have_run = True
                         reply = self._send(request, lane)
                         break
                     except RedisError as error:
@@ -455,6 +464,9 @@ class SessionStore(_Store, SyncExecutor):
                 if lane is not None:
                     self._settle(error, request, lane, is_repeat=is_repeat)
                 raise
+            finally:
+                if attempts is not None and attempts.were_cut_off:
+                    self._checked = False  # another server may answer the next call
             if lane is not None:
                 self._lanes.give_back(lane)
             result = request.decode(reply)
@@ -751,11 +763,13 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         """Send a request until it is answered, and then those that follow from it."""
         while True:
             began, attempts = time.monotonic(), None
+            may_have_run = is_repeat  # then it is not refused for what is found afterwards
             try:
                 while True:
                     try:
-                        if not self._checked and self._must_open(request):
+                        if not self._checked and self._must_open(request) and not may_have_run:
                             await self._open_together()
+                        may_have_run = True
                         reply = await self._send(request, lane)
                         break
                     except RedisError as error:
@@ -765,6 +779,9 @@ class AsyncSessionStore(_Store, AsyncExecutor):
                 if lane is not None:
                     self._settle(error, request, lane, is_repeat=is_repeat)
                 raise
+            finally:
+                if attempts is not None and attempts.were_cut_off:
+                    self._checked = False  # another server may answer the next call
             if lane is not None:
                 self._lanes.give_back(lane)
             result = request.decode(reply)

@@ -32,7 +32,7 @@ def table(figures: dict[str, Any]) -> str:
         control = ""
         if "control" in found:
             harm = found["control"]
-            control = f"{row.control}: {harm['wrong']:,} of {harm['injected']:,}"
+            control = f"{row.control}: {harm['wrong']:,} wrong, {harm['injected']:,} faults"
         cells = (f"{found['injected']:,}", f"{found['wrong']}", seen, control)
         lines.append(f"| {row.name}: {row.faults} | {' | '.join(cells)} |")
     return "\n".join(lines)
