@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
@@ -79,20 +80,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     on fakeredis and on one server, in different styles, and with 16 partitions on the next server.
     """
     every, asked = config.getoption(EVERY_SERVER), config.getoption(programme.ATTACK)
-    offered: dict[tuple[Any, ...], list[str]] = {}
+    offered: dict[tuple[Any, ...], dict[Any, None]] = {}
     for item in items:
-        for name, value in _servers_of(item).items():
-            servers = offered.setdefault((item.path, _name(item), name), [])
-            if value not in servers:
-                servers.append(value)
+        for name, value in _params(item).items():
+            if isinstance(value, str):
+                offered.setdefault((item.path, _name(item), name), {})[value] = None
 
     def has_its_turn(item: Any) -> bool:
         turn = crc32(f"{item.path.name}::{_name(item)}".encode())
-        for name, value in _servers_of(item).items():
-            servers = offered[item.path, _name(item), name]
-            if value != servers[turn % len(servers)]:
+        for name, value in _params(item).items():
+            choice = list(offered.get((item.path, _name(item), name), ()))
+            if name in SERVER_FIXTURES and value != choice[turn % len(choice)]:
                 return False
-        return _is_world_of(turn, item)
+            if choice == WORLDS and value not in _worlds_of(turn):
+                return False
+        return True
 
     turns = [
         (item, (every or has_its_turn(item)) and programme.is_asked_for(item, asked))
@@ -110,18 +112,10 @@ def _params(item: Any) -> dict[str, Any]:
     return getattr(getattr(item, "callspec", None), "params", {})
 
 
-def _servers_of(item: Any) -> dict[str, str]:
-    """The servers among a test's parameters; some tests are offered one of them only."""
-    return {name: value for name, value in _params(item).items() if name in SERVER_FIXTURES}
-
-
-def _is_world_of(turn: int, item: Any) -> bool:
-    world = _params(item).get("world")
-    if world not in WORLDS:
-        return True
+def _worlds_of(turn: int) -> tuple[str, str, str]:
     server, style = turn % len(SERVERS), turn // len(SERVERS) % 2
     following = SERVERS[(server + 1) % len(SERVERS)]
-    return world in (
+    return (
         f"{STYLES[style]}-{FAKEREDIS}",
         f"{STYLES[1 - style]}-{SERVERS[server]}",
         f"{STYLES[style]}-{following}-16",
@@ -142,6 +136,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_sessionstart() -> None:
+    # A shell has its background jobs ignore interrupts, and some tests send themselves one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     missing = {"redis", "valkey"} - set(PROGRAMS)
     if os.environ.get("CI") and missing:
         pytest.exit(f"CI must test on every server; missing: {', '.join(sorted(missing))}", 1)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -28,8 +27,6 @@ def main() -> int:
     options = parser.parse_args()
     chosen = [one for one in DAMAGES if options.only in f"{one.file} {one.why}"]
     check_texts(DAMAGES)
-    # A shell has its background jobs ignore interrupts, and some tests send themselves one.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     began = time.monotonic()
     files = sorted({file for damage in chosen for file in damage.tests})
     print(f"{len(files)} files of tests without damage …", flush=True)

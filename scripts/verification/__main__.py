@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -47,8 +46,6 @@ def main() -> int:
         for row in ROWS:
             print(f"{row.name:26} {row.figure:7,} {row.faults}")
         return 0
-    # A shell has its background jobs ignore interrupts, and some tests send themselves one.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     seed = options.seed if options.seed is not None else random.randrange(2**32)
     failed = []
     for row in ROWS:
