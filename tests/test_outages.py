@@ -7,14 +7,17 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from signal import SIGCONT, SIGSTOP
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import redis
-from conftest import PROGRAMS, SERVERS, World
-from faults import Fault, FaultyWorld, contents
+from conftest import World
+from faults import Fault, FaultyWorld, contents, seeded
+from programme import Attack, controls, proves
 from waiting import until
+from workers import at_work
 
 from sessionstore import (
     AsyncSessionStore,
@@ -27,75 +30,50 @@ from sessionstore import (
 from sessionstore._server import PrivateServer
 
 OUTAGE = 3.0  # seconds
+BETWEEN_FLUSHES = 0.05  # seconds
 DEADLINE = 1.0
 GRACE = 0.5  # seconds over the deadline that a call may take
-
-
-@pytest.fixture(params=SERVERS)
-def durable_server(request: pytest.FixtureRequest) -> Iterator[PrivateServer]:
-    """A server that has every write on disk before it answers."""
-    arguments = ("--appendonly", "yes", "--appendfsync", "always")
-    with PrivateServer(PROGRAMS[request.param], arguments) as started:
-        yield started
 
 
 # ---- The server is gone for a while -------------------------------------------------------
 
 
-def test_a_server_gone_for_three_seconds_loses_nothing_and_nobody_notices(
-    durable_server: PrivateServer,
+def restart(server: PrivateServer, *arguments: str) -> None:
+    """Start a server anew, with further arguments: the last of a kind counts."""
+    server.arguments += arguments
+    server.kill()
+    server.start()
+
+
+@pytest.mark.parametrize("policy", ["always", "everysec"])
+@proves("server killed", ordinary=1, full=15)
+def test_a_server_killed_under_load_loses_nothing_and_nobody_notices(
+    own_server: PrivateServer, policy: str, attack: Attack
 ) -> None:
-    """Four threads and four tasks write all the while, each into its own session."""
-    over = threading.Event()
-    written: dict[str, int] = {}
-
-    def from_a_thread(store: SessionStore) -> None:
-        session_id = store.create_session("claude", "service", "/src").id
-        written[session_id] = 0
-        while not over.is_set():
-            number = written[session_id]
-            assert store.add_output(session_id, f"line {number}") == number + 1
-            written[session_id] += 1
-
-    async def from_a_task(store: AsyncSessionStore) -> None:
-        session_id = (await store.create_session("codex", "service", "/src")).id
-        written[session_id] = 0
-        while not over.is_set():
-            number = written[session_id]
-            assert await store.add_output(session_id, f"line {number}") == number + 1
-            written[session_id] += 1
-
-    async def from_tasks() -> None:
-        async with AsyncSessionStore.from_url(durable_server.url, deadline=30.0) as store:
-            await asyncio.gather(*(from_a_task(store) for _ in range(4)))
-
-    with (
-        SessionStore.from_url(durable_server.url, deadline=30.0) as store,
-        ThreadPoolExecutor(5) as pool,
-    ):
-        try:
-            writers = [pool.submit(from_a_thread, store) for _ in range(4)]
-            writers.append(pool.submit(asyncio.run, from_tasks()))
-            wait_until(lambda: len(written) == 8 and min(written.values()) >= 20)
-            durable_server.kill()
-            before = dict(written)
-            time.sleep(OUTAGE)
-            durable_server.start()
-            wait_until(lambda: all(written[one] >= before[one] + 20 for one in written))
-        finally:
-            over.set()
-        for writer in writers:
-            writer.result()
-
-        stored = {one.id: list(one.output_buffer) for one in store.get_all_sessions()}
-    assert stored == {one: [f"line {n}" for n in range(c)] for one, c in written.items()}
+    """What it has acknowledged is in the append-only file: in the kernel's hands at least."""
+    rng = seeded()
+    restart(own_server, "--appendfsync", policy)
+    with at_work(own_server.url, threads=4, tasks=4) as work:
+        for kill in range(attack.size):
+            work.wait_for_turns(3)
+            time.sleep(rng.uniform(0.0, 0.1))
+            own_server.kill()
+            time.sleep(OUTAGE if kill == 0 else rng.uniform(0.0, 1.0))
+            own_server.start()
+        work.wait_for_turns(3)
+    attack.tell(injected=attack.size, wrong=work.broken(), **work.seen())
 
 
-def wait_until(reached: Callable[[], bool]) -> None:
-    give_up = time.monotonic() + 30
-    while not reached():
-        assert time.monotonic() < give_up
-        time.sleep(0.02)
+@controls("server killed", ordinary=1)
+def test_without_an_append_only_file_all_that_was_acknowledged_is_lost(
+    own_server: PrivateServer, attack: Attack
+) -> None:
+    restart(own_server, "--appendonly", "no")
+    with at_work(own_server.url, threads=4, tasks=4) as work:
+        work.wait_for_turns(3)
+        own_server.kill()
+        own_server.start()
+    attack.tell(injected=attack.size, wrong=work.broken(), **work.seen())
 
 
 # ---- Every call, on a server that does not answer -----------------------------------------
@@ -294,57 +272,76 @@ def test_the_default_client_waits_much_longer_for_a_stopped_server(
 # ---- SCRIPT FLUSH -------------------------------------------------------------------------
 
 
-@pytest.fixture
-def forgetful(server: PrivateServer) -> Iterator[redis.Redis]:
-    """A client of a server that forgets its scripts every few milliseconds."""
-    client = redis.Redis(port=server.port)
-    over = threading.Event()
+class Flusher:
+    """SCRIPT FLUSH again and again, also of a server that comes and goes."""
 
-    def flush() -> None:
-        while not over.wait(0.002):
-            client.script_flush()
+    def __init__(self, server: PrivateServer) -> None:
+        self.flushes = 0
+        self._client = redis.Redis(port=server.port)
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
 
-    flushing = threading.Thread(target=flush)
-    flushing.start()
-    yield client
-    over.set()
-    flushing.join()
-    client.close()
+    def _run(self) -> None:
+        while not self._is_over.wait(BETWEEN_FLUSHES):
+            with suppress(redis.RedisError):
+                self._client.script_flush()
+                self.flushes += 1
 
+    def refused(self) -> int:
+        """How often the server has had to say that it knows no such script, since its start."""
+        told: Any = self._client.info("errorstats")
+        return int(told.get("errorstat_NOSCRIPT", {"count": 0})["count"])
 
-def flushes(client: redis.Redis) -> int:
-    """How often the server has forgotten its scripts."""
-    stats: Any = client.info("commandstats")
-    return int(stats.get("cmdstat_script|flush", {"calls": 0})["calls"])
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+        self._client.close()
 
 
 @pytest.mark.parametrize("style", ["sync", "async"])
+@proves("script flush", ordinary=300, full=5_000)
 def test_script_flush_at_any_time_is_not_noticed(
-    server: PrivateServer, forgetful: redis.Redis, style: str
+    own_server: PrivateServer, style: str, attack: Attack
 ) -> None:
-    world = FaultyWorld(style, server)
-    try:
-        store = world.store()
-        flushed = flushes(forgetful)
-        session_id = store.create_session("claude", "service", "/src").id
-        totals = [store.add_output(session_id, f"line {n}") for n in range(300)]
-        buffer = store.get_session(session_id).output_buffer
-        assert totals == list(range(1, 301))
-        assert buffer == tuple(f"line {n}" for n in range(300))
-        assert flushes(forgetful) - flushed >= 5
-    finally:
-        world.close()
+    restarts = 10 if attack.in_full else 1
+    kind = {"threads": 4} if style == "sync" else {"tasks": 4}
+    refused = 0
+    with Flusher(own_server) as flusher, at_work(own_server.url, **kind) as work:
+        for part in range(1, restarts + 1):
+            until(lambda: work.calls() >= attack.size * part // (restarts + 1))  # noqa: B023
+            refused += flusher.refused()
+            own_server.kill()
+            own_server.start()
+        until(lambda: work.calls() >= attack.size)
+        refused += flusher.refused()
+    assert flusher.flushes >= 2
+    attack.tell(
+        injected=work.calls(),
+        wrong=work.broken(),
+        flushes=flusher.flushes,
+        restarts=restarts,
+        scripts_unknown_to_the_server=refused,
+        **work.seen(),
+    )
 
 
-def test_evalsha_alone_notices_script_flush(forgetful: redis.Redis) -> None:
-    digest = forgetful.script_load("return 1")
-
-    def keep_calling() -> None:
-        for _ in range(100_000):
-            forgetful.evalsha(digest, 0)
-
-    with pytest.raises(redis.exceptions.NoScriptError):
-        keep_calling()
+@controls("script flush", ordinary=300, full=5_000)
+def test_evalsha_alone_notices_script_flush(own_server: PrivateServer, attack: Attack) -> None:
+    calls = noticed = 0
+    with Flusher(own_server) as flusher, redis.Redis(port=own_server.port) as client:
+        digest = client.script_load("return 1")
+        while calls < attack.size or flusher.flushes < 2:
+            calls += 1
+            try:
+                client.evalsha(digest, 0)
+            except redis.exceptions.NoScriptError:
+                noticed += 1
+                client.script_load("return 1")
+    attack.tell(injected=calls, wrong=noticed, flushes=flusher.flushes)
 
 
 # ---- Few connections ----------------------------------------------------------------------
