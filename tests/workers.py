@@ -25,7 +25,6 @@ from waiting import until
 
 from sessionstore import AgentSession, AsyncSessionStore, Batch, Lease, SessionStore
 
-SETTINGS: dict[str, Any] = {"deadline": 30.0, "buffer_limit": 0, "buffer_bytes": 0}
 KEPT = 3  # further sessions that a worker has at a time
 
 
@@ -56,7 +55,7 @@ class Life:
 
     def __init__(self) -> None:
         self.session_id = ""
-        self.calls = self.turns = self.wrong_answers = 0
+        self.calls = self.turns = self.wrong_answers = self.acknowledged = 0
         self.lines: list[str] = []
         self.noted = "0"  # in the metadata: how many lines there were then
         self.kept: list[str] = []  # sessions it has made besides
@@ -89,11 +88,13 @@ class Life:
         own = self.session_id
         lease = await store.claim(own)
         for _ in range(3):
-            self._expect(await store.add_output(own, self._line()), len(self.lines))
+            self.acknowledged = await store.add_output(own, self._line())
+            self._expect(self.acknowledged, len(self.lines))
         async with store.batch() as batch:
             outcomes = [(batch.add_output(own, self._line()), len(self.lines)) for _ in range(5)]
         for outcome, total in outcomes:
-            self._expect(outcome.result(), total)
+            self.acknowledged = outcome.result()
+            self._expect(self.acknowledged, total)
         self.noted = str(len(self.lines))
         self._expect(await store.update_metadata(own, {"lines": self.noted}), None)
         found = await store.get_session(own, tail=1)
@@ -142,28 +143,55 @@ class Work:
 
     def broken(self) -> int:
         """How many promises to the workers are broken, in their answers and in what is stored."""
+        stored = self._stored()
+        wrong = sum(life.broken(stored) for life in self.lives)
+        return wrong + len(stored) + self._inconsistencies()  # left in it: nobody's, or deleted
+
+    def torn(self) -> int:
+        """How much of what is stored is not what a worker wrote up to some moment, in order."""
+        stored = self._stored()
+        wrong = self._inconsistencies()
+        for life in self.lives:
+            lines = list(stored[life.session_id].output_buffer) if life.session_id in stored else []
+            wrong += lines != life.lines[: len(lines)]
+        return wrong
+
+    def lost(self) -> int:
+        """How many of the acknowledged lines are not stored."""
+        stored = self._stored()
+        totals = {life: stored[life.session_id].output_total for life in self.lives
+                  if life.session_id in stored}  # fmt: skip
+        return sum(max(0, life.acknowledged - totals.get(life, 0)) for life in self.lives)
+
+    def _stored(self) -> dict[str, AgentSession]:
+        with SessionStore.from_url(self.url, namespace=self.namespace) as store:
+            return {one.id: one for one in store.get_all_sessions()}
+
+    def _inconsistencies(self) -> int:
+        """What the doctor finds, and whether the tests' own look at the keys agrees."""
         with (
             SessionStore.from_url(self.url, namespace=self.namespace) as store,
             redis.Redis.from_url(self.url, decode_responses=True) as client,
         ):
-            stored = {one.id: one for one in store.get_all_sessions()}
-            wrong = sum(life.broken(stored) for life in self.lives)
-            wrong += len(stored)  # nobody's, or deleted
             problems = [one for one in store.check() if not one.warning]
             print(*problems, sep="\n")
             try:
                 assert_consistent(RawKeys(client, self.namespace))
             except AssertionError as error:
                 print(error)
-                wrong += 1
-        return wrong + len(problems)
+                return len(problems) + 1
+        return len(problems)
 
 
 @contextmanager
-def at_work(url: str, *, threads: int = 0, tasks: int = 0) -> Iterator[Work]:
+def at_work(
+    url: str, *, threads: int = 0, tasks: int = 0, deadline: float = 30.0
+) -> Iterator[Work]:
     """So many workers, those in threads at one store, those in tasks at another."""
     work, is_over = Work(url, threads + tasks), threading.Event()
-    settings = SETTINGS | {"namespace": work.namespace}
+    settings: dict[str, Any] = {
+        "namespace": work.namespace, "deadline": deadline, "buffer_limit": 0, "buffer_bytes": 0,
+    }  # fmt: skip
 
     def in_a_thread(life: Life, store: SessionStore) -> None:
         asyncio.run(life.live(Blocking(store), is_over))
