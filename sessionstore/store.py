@@ -48,7 +48,7 @@ from sessionstore._call import (
     Together,
 )
 from sessionstore._operation import AsyncExecutor, SyncExecutor
-from sessionstore.attempts import Attempts
+from sessionstore.attempts import ATTEMPTS_SHARE, POOL_WAIT_SHARE, Attempts
 from sessionstore.batch import AsyncBatch, Batch, Sender
 from sessionstore.coalescing import LARGE_REPLIES, Coalescer
 from sessionstore.errors import (
@@ -140,6 +140,10 @@ class _Store(SessionOperations):
                 return attempts
         deadline = self.settings.deadline if self._own_client else None
         return Attempts(what, deadline, is_write, began, may_have_run=is_repeat)
+
+    def _turn_by(self, began: float, share: float = ATTEMPTS_SHARE) -> float | None:
+        """Until when a call may wait for its turn, by default as long as attempts may begin."""
+        return began + self.settings.deadline * share if self._own_client else None
 
     def _sender(self) -> Sender:
         """What a batch needs."""
@@ -430,12 +434,13 @@ class SessionStore(_Store, SyncExecutor):
 
     def follow(self, feed: Live[T, C]) -> Iterator[T]:
         """Give a feed's items, and wait for news of more."""
-        cursor = feed.first
-        with self._news.listening(feed.channels) as listener:
+        cursor, began = feed.first, time.monotonic()
+        may_speak_by = self._turn_by(began, POOL_WAIT_SHARE)
+        with self._news.listening(feed.channels, may_speak_by) as listener:
             while True:
                 listener.signal.clear()  # before reading: what comes from now on wakes it
-                with self._news.reading:
-                    page = self.execute(feed.page(cursor))
+                with self._news.turn(self._turn_by(began)):
+                    page = self._carry_out(feed.page(cursor), None, began=began)
                 yield from page.items
                 if page.cursor is None:
                     return
@@ -443,11 +448,19 @@ class SessionStore(_Store, SyncExecutor):
                 listener.reached = feed.reached(cursor)
                 if not page.items:
                     listener.signal.wait(self._news.patience(listener))
+                began = time.monotonic()
 
-    def _carry_out(self, request: Request[T], lane: Lane | None, *, is_repeat: bool = False) -> T:
+    def _carry_out(
+        self,
+        request: Request[T],
+        lane: Lane | None,
+        *,
+        is_repeat: bool = False,
+        began: float | None = None,
+    ) -> T:
         """Send a request until it is answered, and then those that follow from it."""
         while True:
-            began, attempts = time.monotonic(), None
+            began, attempts = began or time.monotonic(), None
             may_have_run = is_repeat  # then it is not refused for what is found afterwards
             try:
                 while True:
@@ -472,7 +485,7 @@ class SessionStore(_Store, SyncExecutor):
             result = request.decode(reply)
             if not isinstance(result, REQUESTS):
                 return result
-            request, is_repeat = cast("Request[T]", result), False
+            request, is_repeat, began = cast("Request[T]", result), False, None
             lane = None if request.lane is None else self._lanes.take()
 
     def _send(self, request: Request[Any], lane: Lane | None) -> Any:
@@ -593,6 +606,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
                 self._execute if self._in_bytes else self._client.execute_command,
                 lambda several: self._send_pipeline(Rounds(several)),
                 connecting.connections_of(self._client),
+                lambda: self._own_client,
             )
             if loaded.coalesce and not isinstance(client, redis.asyncio.RedisCluster)
             else None
@@ -736,12 +750,14 @@ class AsyncSessionStore(_Store, AsyncExecutor):
 
     async def follow(self, feed: Live[T, C]) -> AsyncIterator[T]:
         """Give a feed's items, and wait for news of more."""
-        cursor = feed.first
-        async with self._news.listening(feed.channels) as listener:
+        self._refuse_other_loop()
+        cursor, began = feed.first, time.monotonic()
+        may_speak_by = self._turn_by(began, POOL_WAIT_SHARE)
+        async with self._news.listening(feed.channels, may_speak_by) as listener:
             while True:
                 listener.signal.clear()  # before reading: what comes from now on wakes it
-                async with self._reading():
-                    page = await self.execute(feed.page(cursor))
+                async with self._reading(began):
+                    page = await self._carry_out(feed.page(cursor), None, began=began)
                 for item in page.items:
                     yield item
                 if page.cursor is None:
@@ -752,17 +768,25 @@ class AsyncSessionStore(_Store, AsyncExecutor):
                     with suppress(TimeoutError):
                         async with asyncio.timeout(self._news.patience(listener)):
                             await listener.signal.wait()
+                began = time.monotonic()
 
-    def _reading(self) -> AbstractAsyncContextManager[Any]:
+    def _reading(self, began: float) -> AbstractAsyncContextManager[Any]:
         """Hundreds of followers need no more connections than a few."""
-        return self._news.reading if self._coalescing is None else nullcontext()
+        if self._coalescing is not None:
+            return nullcontext()
+        return self._news.turn(self._turn_by(began))
 
     async def _carry_out(
-        self, request: Request[T], lane: Lane | None, *, is_repeat: bool = False
+        self,
+        request: Request[T],
+        lane: Lane | None,
+        *,
+        is_repeat: bool = False,
+        began: float | None = None,
     ) -> T:
         """Send a request until it is answered, and then those that follow from it."""
         while True:
-            began, attempts = time.monotonic(), None
+            began, attempts = began or time.monotonic(), None
             may_have_run = is_repeat  # then it is not refused for what is found afterwards
             try:
                 while True:
@@ -787,7 +811,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
             result = request.decode(reply)
             if not isinstance(result, REQUESTS):
                 return result
-            request, is_repeat = cast("Request[T]", result), False
+            request, is_repeat, began = cast("Request[T]", result), False, None
             lane = None if request.lane is None else self._lanes.take()
 
     def _send(self, request: Request[Any], lane: Lane | None) -> Awaitable[Any]:
@@ -843,12 +867,12 @@ class AsyncSessionStore(_Store, AsyncExecutor):
                     rounds.take(replies)
         return rounds.replies
 
-    async def _publish(self, channel: str) -> None:
+    async def _publish(self, channel: str, by: float | None) -> None:
         """A word to oneself; it takes no more connections than those who follow."""
         if self._coalescing is not None:
             await self._coalescing.send(Command(None, (b"PUBLISH", channel.encode(), b"")))
         else:
-            async with self._news.reading:
+            async with self._news.turn(by):
                 await self._client.publish(channel, "")
 
     async def _open_together(self) -> None:
