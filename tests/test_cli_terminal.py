@@ -18,8 +18,10 @@ from typing import Any
 import pytest
 from commandline import CommandLine, command_line
 from conftest import SERVERS
+from faults import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programme import Attack, controls, proves
 from rich.cells import cell_len
 
 from sessionstore import AgentSession, Reaped, SessionMetrics
@@ -338,6 +340,8 @@ COMMANDS = [
     ["metrics"],
     ["reap", "--dry-run"],
     ["reap", "--dry-run", "--json"],
+    ["events", "--json"],
+    ["doctor", "--json"],
     ["show", "no\u202esuch"],
     ["ls", "--type", "\x1b[2J"],
     ["\x1b[2J"],
@@ -365,19 +369,81 @@ def test_with_colours_only_colours_are_sent(cli: CommandLine, command: str) -> N
     assert not unsafe_in(SGR.sub("", out), allowed="\n")
 
 
-def test_a_thousand_hostile_lines_do_no_harm(cli: CommandLine) -> None:
-    rng = random.Random(2026)
-    pool = [*ATTACKS, *sorted(UNSAFE), "日本", "plain", "\\"]
-    lines = ["".join(rng.choices(pool, k=rng.randrange(1, 12))) for _ in range(1000)]
-    session = cli.store.create_session("claude", "service-1", "/src")
-    cli.store.add_output(session.id, *lines)
+def hostile_texts(rng: random.Random, count: int) -> list[str]:
+    """So many, each with something unsafe; each unsafe character is in one of them at least."""
+    unsafe = [*ATTACKS, *sorted(UNSAFE)]
+    texts = [
+        "".join(rng.choices([*unsafe, "日本", "plain", "\\"], k=rng.randrange(1, 12)))
+        for _ in range(count)
+    ]
+    return [text + unsafe[number % len(unsafe)] for number, text in enumerate(texts)]
 
-    harmless = cli.on_terminal("logs", session.id).out
+
+def harm(out: str) -> int:
+    """How many unsafe characters a terminal received."""
+    return sum(character in UNSAFE for character in out) - sum(map(out.count, "\n\t"))
+
+
+LOGS = [["logs"], ["logs", "--json"], ["logs", "--follow"], ["show", "--tail", "1000"]]
+
+
+@pytest.mark.parametrize("command", LOGS, ids=" ".join)
+@proves("terminal escapes", ordinary=200, full=1_000)
+def test_hostile_lines_do_no_harm(cli: CommandLine, command: list[str], attack: Attack) -> None:
+    session = cli.store.create_session("claude", "service-1", "/src")
+    cli.store.add_output(session.id, *hostile_texts(seeded(), attack.size))
+    cli.store.update_status(session.id, "terminated")
+
+    out = cli.on_terminal(*command, session.id, env={"NO_COLOR": "1"}).out
+
+    lines = out.count("\n")
+    assert lines >= attack.size
+    attack.tell(injected=attack.size, wrong=harm(out), lines_received=lines)
+
+
+FIELDS = ("project_path", "mcp_session_id", "task_id", "owner", "meta:note")
+LISTINGS = [
+    ["ls"],
+    ["ls", "--json"],
+    ["reap", "--dry-run"],
+    ["events", "--tail", "10000"],
+    ["doctor"],
+    ["export"],
+]
+
+
+@pytest.mark.parametrize("command", LISTINGS, ids=" ".join)
+@proves("terminal escapes", ordinary=200, full=1_000)
+def test_hostile_fields_do_no_harm(cli: CommandLine, command: list[str], attack: Attack) -> None:
+    """Written past the library, by anybody who can write to the server."""
+    rest = iter(hostile_texts(seeded(), attack.size))
+    prefix = f"{{{cli.namespace}}}:"
+    for number in range(attack.size // len(FIELDS)):
+        session = cli.store.create_session("claude", f"service-{number}", "/src")
+        fields = {name: next(rest) for name in FIELDS}
+        owner = fields["owner"]
+        fields |= {"status": "busy", "lease_expires_at": "2026-01-01T00:00:00.000000Z"}
+        cli.redis.hset(f"{prefix}session:{session.id}", mapping=fields)
+        cli.redis.zadd(f"{prefix}leases", {session.id: 1})
+        cli.redis.xadd(f"{prefix}events", {"event": "created", "session_id": owner, "actor": owner})
+
+    out = cli.on_terminal(*command, env={"NO_COLOR": "1"}).out
+
+    assert "Traceback" not in out
+    lines = out.count("\n")
+    assert lines >= attack.size // len(FIELDS)
+    attack.tell(injected=attack.size, wrong=harm(out), lines_received=lines)
+
+
+@controls("terminal escapes", ordinary=200, full=1_000)
+def test_raw_lines_reach_the_terminal_as_they_are(cli: CommandLine, attack: Attack) -> None:
+    session = cli.store.create_session("claude", "service-1", "/src")
+    cli.store.add_output(session.id, *hostile_texts(seeded(), attack.size))
+
     raw = cli.on_terminal("logs", session.id, "--raw").out
 
-    assert not unsafe_in(harmless, allowed="\n\t")
-    assert harmless.count("\n") >= 1000
-    assert unsafe_in(raw) >= UNSAFE  # the control: all of them were there
+    assert unsafe_in(raw) >= UNSAFE  # all of them were there
+    attack.tell(injected=attack.size, wrong=harm(raw))
 
 
 def test_markup_of_agents_is_shown_literally(cli: CommandLine) -> None:

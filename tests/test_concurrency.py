@@ -1,8 +1,9 @@
 """One store shared: by threads, over a fork with threads at work, by tasks, by two event loops.
 
-What is counted are wrong replies: an answer that belongs to another thread, process or task. The
-forks happen in a process of their own, which this file starts with itself as the program: pytest's
-own threads do not matter there. The control shares a single connection over a fork.
+What is counted are wrong replies: an answer that belongs to another thread, process or task, or
+none that makes sense. A call is one whose answer is compared with what it must be. The forks happen
+in a process of their own, which this file starts with itself as the program: pytest's own threads
+do not matter there. The control shares a single connection over a fork.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import pytest
 import redis
 from consistency import assert_consistent
+from programme import Attack, controls, proves
 
 from sessionstore import (
     AsyncSessionStore,
@@ -37,11 +39,11 @@ from sessionstore._server import PrivateServer
 from sessionstore.lanes import Lane, Lanes
 
 THREADS = 32
-ROUNDS = 8
-TASKS = 500
+LOOPS = 4
 CHILDREN = 4
 WORKERS_EACH = 6  # threads of each process
-READS_OVER_A_FORK = 500
+CALLS_A_ROUND = 13  # of a worker, at least
+CALLS_OF_A_TASK = 5
 
 
 # ---- What a worker does, and what it must be answered -------------------------------------------
@@ -62,7 +64,10 @@ class Worker:
 
     def run(self, rounds: int) -> Worker:
         for number in range(rounds):
-            self.one_session(f"{self.name}-{number}", stays=number % 2 == 0)
+            try:
+                self.one_session(f"{self.name}-{number}", stays=number % 2 == 0)
+            except Exception as error:
+                self.wrong.append(f"{self.name}: {error!r:.200}")
         return self
 
     def one_session(self, service: str, *, stays: bool) -> None:
@@ -116,40 +121,61 @@ class Result(dict[str, Any]):
 # ---- Threads ------------------------------------------------------------------------------------
 
 
+def rounds_of(calls: int, workers: int) -> int:
+    """How many rounds each worker must run for so many calls of all."""
+    return -(-calls // (workers * CALLS_A_ROUND))
+
+
+def told(attack: Attack, asked: int, wrong: list[str], **seen: int) -> None:
+    print(*wrong[:20], sep="\n")
+    attack.tell(injected=asked, wrong=len(wrong), **seen)
+
+
 @pytest.mark.parametrize("connections", [50, 3])
+@proves("forks, threads and loops", ordinary=3_000, full=10_000)
 def test_threads_that_share_a_store_get_each_its_own_answers(
-    server: PrivateServer, connections: int, world_of: Callable[..., Any]
+    server: PrivateServer, connections: int, world_of: Callable[..., Any], attack: Attack
 ) -> None:
     world = world_of("sync", server)
     store = world.store(max_connections=connections, deadline=30)
+    rounds = rounds_of(attack.size, THREADS)
     with ThreadPoolExecutor(THREADS) as threads:
         workers = [Worker(store, f"thread-{number}") for number in range(THREADS)]
-        list(threads.map(lambda worker: worker.run(ROUNDS), workers))
+        list(threads.map(lambda worker: worker.run(rounds), workers))
 
-    assert [text for worker in workers for text in worker.wrong] == []
-    assert sum(worker.asked for worker in workers) > THREADS * ROUNDS * 10
-    assert store.get_metrics().total_sessions == THREADS * ROUNDS // 2
+    wrong = [text for worker in workers for text in worker.wrong]
+    stay = THREADS * -(-rounds // 2)
+    assert store.get_metrics().total_sessions == stay or wrong
     assert_consistent(world)
+    told(attack, sum(worker.asked for worker in workers), wrong, threads=THREADS)
 
 
+@proves("forks, threads and loops", ordinary=900, full=5_000)
 def test_threads_that_share_a_client_get_each_its_own_answers(
-    server: PrivateServer, world_of: Callable[..., Any]
+    server: PrivateServer, world_of: Callable[..., Any], attack: Attack
 ) -> None:
     world = world_of("sync", server)
     store = SessionStore(world.client(), namespace=world.namespace)
+    rounds = rounds_of(attack.size, THREADS)
     with ThreadPoolExecutor(THREADS) as threads:
         workers = [Worker(store, f"thread-{number}") for number in range(THREADS)]
-        list(threads.map(lambda worker: worker.run(2), workers))
+        list(threads.map(lambda worker: worker.run(rounds), workers))
 
-    assert [text for worker in workers for text in worker.wrong] == []
     assert_consistent(world)
+    wrong = [text for worker in workers for text in worker.wrong]
+    told(attack, sum(worker.asked for worker in workers), wrong, threads=THREADS)
 
 
 # ---- Forks --------------------------------------------------------------------------------------
 
 
-def forks(url: str, namespace: str) -> Any:
+def forks(url: str, namespace: str, calls: str) -> Any:
     """Fork again and again while threads are at work; parent and children go on with one store.
+
+    Args:
+        url: the server's.
+        namespace: of the store.
+        calls: how many the children make in all, at least.
 
     Returns:
         What the workers of each process found, the parent's first.
@@ -157,6 +183,7 @@ def forks(url: str, namespace: str) -> Any:
     lanes = noted_lanes()
     store = SessionStore.from_url(url, namespace=namespace, deadline=30)
     stopping = threading.Event()
+    rounds = rounds_of(int(calls), CHILDREN * WORKERS_EACH)
 
     def work_on(number: int) -> list[Worker]:
         workers = []
@@ -171,7 +198,7 @@ def forks(url: str, namespace: str) -> Any:
         try:
             for number in range(CHILDREN):
                 time.sleep(0.05)  # somewhere in the threads' work
-                children.append(child(store, number, lanes))
+                children.append(child(store, number, lanes, rounds))
             results = [json.loads(read_all(pipe)) for _, pipe in children]
         finally:
             stopping.set()
@@ -197,7 +224,7 @@ def noted_lanes() -> set[str]:
     return names
 
 
-def child(store: SessionStore, number: int, lanes: set[str]) -> tuple[int, int]:
+def child(store: SessionStore, number: int, lanes: set[str], rounds: int) -> tuple[int, int]:
     """Fork a child that uses the same store object, with threads; its pid and its answers' pipe."""
     read_end, write_end = os.pipe()
     with warnings.catch_warnings():
@@ -210,10 +237,10 @@ def child(store: SessionStore, number: int, lanes: set[str]) -> tuple[int, int]:
     try:
         lanes.clear()
         workers = [Worker(store, f"child-{number}-{n}") for n in range(WORKERS_EACH)]
-        running = [threading.Thread(target=worker.run, args=(4,)) for worker in workers[1:]]
+        running = [threading.Thread(target=worker.run, args=(rounds,)) for worker in workers[1:]]
         for thread in running:
             thread.start()
-        workers[0].run(4)
+        workers[0].run(rounds)
         for thread in running:
             thread.join()
         with open(write_end, "w") as pipe:
@@ -239,13 +266,26 @@ class HidingItsConnection:
         return getattr(self._client, name)
 
 
-def single_connection(url: str, namespace: str) -> Any:
+READS_AFTER_A_FORK = 50  # in each process
+
+
+def single_connection(url: str, namespace: str, calls: str) -> Any:
     """Fork with a store on a client with a single connection, and read on in both processes.
 
+    Again and again: when a process has waited in vain for a reply, it connects anew.
+
     Returns:
-        How many replies were wrong, over both.
+        How many replies were asked for and how many were wrong, over both.
     """
-    client = redis.Redis.from_url(url, single_connection_client=True, socket_timeout=0.5)
+    asked = wrong = 0
+    while asked < int(calls):
+        wrong += one_connection_for_two(url, namespace)
+        asked += 2 * READS_AFTER_A_FORK
+    return asked, wrong
+
+
+def one_connection_for_two(url: str, namespace: str) -> int:
+    client = redis.Redis.from_url(url, single_connection_client=True, socket_timeout=0.2)
     store = SessionStore(HidingItsConnection(client), namespace=namespace)  # type: ignore[arg-type]
     ids = [store.create_session("claude", f"service-{n}", "/src").id for n in range(2)]
     read_end, write_end = os.pipe()
@@ -253,11 +293,11 @@ def single_connection(url: str, namespace: str) -> Any:
 
     def wrong_replies(session_id: str) -> int:
         wrong = 0
-        for _ in range(READS_OVER_A_FORK):
+        for _ in range(READS_AFTER_A_FORK):
             try:
                 wrong += store.get_session(session_id, tail=0).id != session_id
             except Exception:  # no reply, or one that makes no sense
-                return wrong
+                wrong += 1
         return wrong
 
     if child == 0:
@@ -272,77 +312,102 @@ def single_connection(url: str, namespace: str) -> Any:
     return wrong + int(read_all(read_end))
 
 
-def in_a_process(work: Callable[[str, str], Any], world: Any) -> Any:
+def in_a_process(work: Callable[[str, str, str], Any], world: Any, calls: int) -> Any:
     """The result of one of the functions above, in a process of its own."""
     finished = subprocess.run(
-        [sys.executable, __file__, work.__name__, world.url, world.namespace],
+        [sys.executable, __file__, work.__name__, world.url, world.namespace, str(calls)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
     )
     assert finished.returncode == 0, finished.stderr
     return json.loads(finished.stdout)
 
 
-@pytest.fixture
-def forked(server: PrivateServer, world_of: Callable[..., Any]) -> tuple[Any, list[Any]]:
-    """The world after ``forks``, and what each process found."""
+@proves("forks, threads and loops", ordinary=1_500, full=15_000)
+def test_over_forks_with_threads_at_work_each_process_gets_its_own_answers(
+    server: PrivateServer, world_of: Callable[..., Any], attack: Attack
+) -> None:
     world = world_of("sync", server)
-    return world, in_a_process(forks, world)
+    results = in_a_process(forks, world, attack.size)
 
-
-def test_over_forks_with_threads_at_work_each_process_gets_its_own_answers(forked: Any) -> None:
-    world, results = forked
-    assert [text for result in results for text in result["wrong"]] == []
     assert len(results) == CHILDREN + 1
     assert min(result["asked"] for result in results) > 20
+    wrong = [text for result in results for text in result["wrong"]]
     # Nothing is lost: of each worker's sessions every other one stays, with all of its lines.
-    rounds = {name: 2 if name.startswith("parent") else 4 for r in results for name in r["kept"]}
-    expected = {f"{name}-{n}" for name, count in rounds.items() for n in range(0, count, 2)}
+    each = rounds_of(attack.size, CHILDREN * WORKERS_EACH)
+    rounds = {name: 2 if name.startswith("parent") else each for r in results for name in r["kept"]}
+    expected = {
+        f"{name}-{n}": tuple(f"{name}-{n} line {line}" for line in range(3))
+        for name, count in rounds.items()
+        for n in range(0, count, 2)
+    }
     with SessionStore.from_url(world.url, namespace=world.namespace) as store:
         found = {
             one.service_session_id: one.output_buffer for one in store.iter_sessions(tail=None)
         }
-    assert found == {name: tuple(f"{name} line {n}" for n in range(3)) for name in expected}
+    wrong += [
+        f"lines of {name}" for name in expected | found if found.get(name) != expected.get(name)
+    ]
     lanes = [lane for result in results for lane in result["lanes"]]
-    assert len(lanes) == len(set(lanes)), "two processes shared a lane"
     assert min(len(result["lanes"]) for result in results) > 0
+    wrong += [
+        f"two processes shared a lane: {lane}" for lane in set(lanes) if lanes.count(lane) > 1
+    ]
     assert_consistent(world)
+    told(attack, sum(result["asked"] for result in results), wrong, forks=CHILDREN)
 
 
+@controls("forks, threads and loops", ordinary=400, full=15_000)
 def test_a_single_connection_over_a_fork_gives_wrong_replies(
-    server: PrivateServer, world_of: Callable[..., Any]
+    server: PrivateServer, world_of: Callable[..., Any], attack: Attack
 ) -> None:
-    assert any(in_a_process(single_connection, world_of("sync", server)) > 0 for _ in range(5))
+    asked, wrong = in_a_process(single_connection, world_of("sync", server), attack.size)
+
+    attack.tell(injected=asked, wrong=wrong)
 
 
 # ---- Tasks --------------------------------------------------------------------------------------
 
 
-def test_many_tasks_share_a_pool_and_get_each_its_own_answers(
-    server: PrivateServer, world_of: Callable[..., Any]
-) -> None:
-    world = world_of("async", server)
-
-    async def use(store: AsyncSessionStore, name: str) -> list[Any]:
+async def use_as_a_task(store: AsyncSessionStore, name: str) -> list[str]:
+    """One session; which answers are wrong."""
+    try:
         own = (await store.create_session("claude", name, "/src")).id
         total = await store.add_output(own, f"{name} one", f"{name} two")
         await store.update_status(own, "busy", expected="active")
         whole = await store.get_session(own)
         found = await store.find_session_by_service_id(name, tail=0)
-        assert found is not None
-        return [total, whole.id == own, whole.output_buffer, whole.status, found.id == own]
+        missing = await store.find_session(f"missing-{name}")
+    except Exception as error:
+        return [f"{name}: {error!r:.200}"]
+    right = {
+        "total": total == 2,
+        "id": whole.id == own,
+        "output": whole.output_buffer == (f"{name} one", f"{name} two"),
+        "status": whole.status == "busy",
+        "found": found is not None and found.id == own,
+        "missing": missing is None,
+    }
+    return [f"{name}: {what}" for what, is_right in right.items() if not is_right]
 
-    async def all_of_them() -> list[list[Any]]:
+
+@proves("forks, threads and loops", ordinary=2_500, full=10_000)
+def test_many_tasks_share_a_pool_and_get_each_its_own_answers(
+    server: PrivateServer, world_of: Callable[..., Any], attack: Attack
+) -> None:
+    world, tasks = world_of("async", server), attack.size // CALLS_OF_A_TASK
+
+    async def all_of_them() -> list[list[str]]:
         async with AsyncSessionStore.from_url(
             world.url, namespace=world.namespace, max_connections=50, deadline=30
         ) as store:
-            return await asyncio.gather(*(use(store, f"task-{n}") for n in range(TASKS)))
+            return await asyncio.gather(*(use_as_a_task(store, f"task-{n}") for n in range(tasks)))
 
-    assert asyncio.run(all_of_them()) == [
-        [2, True, (f"task-{n} one", f"task-{n} two"), "busy", True] for n in range(TASKS)
-    ]
+    wrong = [text for found in asyncio.run(all_of_them()) for text in found]
+
     assert_consistent(world)
+    told(attack, tasks * CALLS_OF_A_TASK, wrong, tasks=tasks)
 
 
 # ---- Event loops --------------------------------------------------------------------------------
@@ -362,6 +427,27 @@ def own_loops() -> Iterator[Callable[[], asyncio.Runner]]:
     yield another
     for runner in runners:
         runner.close()
+
+
+@proves("forks, threads and loops", ordinary=1_000, full=10_000)
+def test_event_loops_in_threads_each_with_a_store_get_their_own_answers(
+    server: PrivateServer, world_of: Callable[..., Any], attack: Attack
+) -> None:
+    world, tasks = world_of("async", server), attack.size // CALLS_OF_A_TASK // LOOPS
+
+    async def one_loop(loop: int) -> list[list[str]]:
+        async with AsyncSessionStore.from_url(
+            world.url, namespace=world.namespace, deadline=30
+        ) as store:
+            names = (f"loop-{loop}-task-{n}" for n in range(tasks))
+            return await asyncio.gather(*(use_as_a_task(store, name) for name in names))
+
+    with ThreadPoolExecutor(LOOPS) as threads:
+        found = threads.map(lambda loop: asyncio.run(one_loop(loop)), range(LOOPS))
+        wrong = [text for of_a_loop in found for texts in of_a_loop for text in texts]
+
+    assert_consistent(world)
+    told(attack, LOOPS * tasks * CALLS_OF_A_TASK, wrong, loops=LOOPS)
 
 
 CALLS: dict[str, Callable[[AsyncSessionStore], Any]] = {
@@ -417,13 +503,15 @@ def test_an_unknown_outcome_can_still_be_repeated_after_a_try_from_a_second_loop
     first.run(store.close())
 
 
+@proves("forks, threads and loops", ordinary=20, full=200)
 def test_of_two_loops_in_two_threads_one_gets_its_answers_and_the_other_is_told(
-    server: PrivateServer, world_of: Callable[..., Any]
+    server: PrivateServer, world_of: Callable[..., Any], attack: Attack
 ) -> None:
     """Time after time, so that both begin at the same moment once."""
     world = world_of("async", server)
-    outcomes = [two_loops(server.url, world.namespace) for _ in range(20)]
-    assert outcomes == [["answered", "told"]] * 20
+    outcomes = [two_loops(server.url, world.namespace) for _ in range(attack.size)]
+    wrong = [str(outcome) for outcome in outcomes if outcome != ["answered", "told"]]
+    told(attack, len(outcomes), wrong, clear_errors=len(outcomes) - len(wrong))
 
 
 def two_loops(url: str, namespace: str) -> list[str]:

@@ -1,10 +1,14 @@
 """Hostile text in every place that takes text: refused before anything is sent, or kept exactly.
 
-2,000 strings from a seed: control characters, protocol, Lua and glob fragments, braces and colons
-that imitate keys, text that is long, bidirectional, combining or no text at all. Each is tried as
-service session, task and MCP id, project path, type, status, chunk, metadata name and value, and
-as the id of a session that is not there. Around the namespace lie canary keys, and nothing but
-the namespace may change.
+Strings from a seed, others in each world: control characters, protocol, Lua and glob fragments,
+braces and colons that imitate keys, text that is long, bidirectional, combining or no text at all.
+Each is tried as service session, task and MCP id, project path, type, status, chunk, metadata name
+and value, and as the id of a session that is not there. Around the namespace lie canary keys, and
+nothing but the namespace may change.
+
+Wrong is: an exception that is no refusal, a key that is not the namespace's, two ids that meet in
+one key, and text that comes back as another. The control is a store that puts ids into its keys
+as they are.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import pytest
 from conftest import World
 from consistency import assert_consistent
 from faults import seeded
+from programme import Attack, controls, proves
 
 from sessionstore import (
     AgentSession,
@@ -29,8 +34,6 @@ from sessionstore import (
     SessionStore,
 )
 from sessionstore._server import PrivateServer
-
-STRINGS = 2000
 
 # ---- The strings ---------------------------------------------------------------------------------
 
@@ -141,9 +144,9 @@ EDGES = [
 
 
 def hostile(rng: random.Random, count: int) -> list[str]:
-    """So many different strings."""
+    """So many different strings: the edges, half of them from fragments at most, the rest drawn."""
     found = dict.fromkeys(EDGES)
-    found.update(dict.fromkeys(FRAGMENTS))
+    found.update(dict.fromkeys(rng.sample(FRAGMENTS, min(len(FRAGMENTS), count // 2))))
     alphabets = [
         string.printable,
         string.ascii_lowercase + "{}:*?[]\\",
@@ -159,6 +162,12 @@ def hostile(rng: random.Random, count: int) -> list[str]:
             text = "".join(chr(rng.randrange(0x110000)) for _ in range(rng.randint(1, 12)))
         found[text] = None
     return list(found)[:count]
+
+
+def hostile_to(world: World, count: int) -> list[str]:
+    """The strings of a world: others than in the other worlds, whatever the seed."""
+    name = f"{world.style}-{world.target}-{world.partitions}"
+    return hostile(random.Random(f"{seeded().random()} {name}"), count)
 
 
 # ---- What is not ours ----------------------------------------------------------------------------
@@ -186,7 +195,7 @@ class Canaries:
         client.zadd(names[3], {"x": 1})
         client.sadd(names[4], "x")
         client.set(names[5], "x")
-        self._names = names
+        self.names = names
         self._before = self._foreign()
 
     def _foreign(self) -> dict[bytes, bytes]:
@@ -197,13 +206,14 @@ class Canaries:
                 found[key] = self._client.dump(key)
         return found
 
-    def assert_untouched(self) -> None:
-        found = self._foreign()
-        assert len(found) >= len(self._names)
-        assert found == self._before
+    def changed(self) -> set[bytes]:
+        """The keys outside of the namespace that are not what they were, or are new."""
+        before, now = self._before, self._foreign()
+        assert len(before) >= len(self.names)
+        return {key for key in before | now if before.get(key) != now.get(key)}
 
     def remove(self) -> None:
-        self._client.delete(*self._names)
+        self._client.delete(*self.names)
 
 
 @pytest.fixture
@@ -214,10 +224,15 @@ def canaries(world: World) -> Iterator[Canaries]:
 
 
 class Outcomes:
-    """What became of the attempts: nothing else may happen than what is counted here."""
+    """What became of the attempts: refused, kept, not found; and all that is wrong."""
 
     def __init__(self) -> None:
         self.counted: Counter[str] = Counter()
+        self.wrong: list[str] = []
+
+    def expect(self, right: bool, what: object) -> None:
+        if not right:
+            self.wrong.append(f"{what!r:.300}")
 
     def attempt(self, call: Callable[[], Any]) -> Any:
         """The call's result; None if it was refused before anything was sent."""
@@ -226,19 +241,34 @@ class Outcomes:
         except InvalidArgumentError:
             self.counted["refused"] += 1
             return None
+        except Exception as error:
+            self.wrong.append(f"crash: {error!r:.300}")
+            return None
         self.counted["kept"] += 1
         return result
 
     def missing(self, call: Callable[[], Any]) -> None:
         """A call about a session that is not there."""
         try:
-            call()
+            found = call()
         except InvalidArgumentError:
             self.counted["refused"] += 1
         except SessionNotFoundError:
-            self.counted["not found"] += 1
+            self.counted["not_found"] += 1
+        except Exception as error:
+            self.wrong.append(f"crash: {error!r:.300}")
         else:
-            raise AssertionError("a session that is not there was found")
+            self.wrong.append(f"a session that is not there: {found!r:.300}")
+
+    def told(self, attack: Attack, strings: int, canaries: Canaries) -> None:
+        self.wrong += [f"foreign key {key!r}" for key in canaries.changed()]
+        print(*self.wrong[:20], sep="\n")
+        attack.tell(
+            injected=strings,
+            wrong=len(self.wrong),
+            canary_keys=len(canaries.names),
+            **self.counted,
+        )
 
 
 ROLES: dict[str, Callable[[Any, str], AgentSession]] = {
@@ -251,39 +281,39 @@ ROLES: dict[str, Callable[[Any, str], AgentSession]] = {
 }
 
 
-def share_of(world: World, rng: random.Random) -> list[str]:
-    """All strings in one world a server, and a hundred of them in the others."""
-    strings = hostile(rng, STRINGS)
-    all_of_them = world.style == "sync" and world.url is not None and world.partitions == 1
-    return strings if all_of_them else strings[:40] + rng.sample(strings[40:], 60)
-
-
-def test_hostile_text_is_refused_or_kept_exactly(world: World, canaries: Canaries) -> None:
-    store = world.store()
-    outcomes = Outcomes()
-    texts = share_of(world, seeded())
+@proves("hostile strings", ordinary=120, full=2_500)
+def test_hostile_text_is_refused_or_kept_exactly(
+    world: World, canaries: Canaries, attack: Attack
+) -> None:
+    store, outcomes = world.store(), Outcomes()
+    texts = hostile_to(world, attack.size)
     created: dict[str, dict[str, str]] = {role: {} for role in ROLES}
     for text in texts:
         for role, create in ROLES.items():
             session = outcomes.attempt(lambda create=create, text=text: create(store, text))
             if session is not None:
-                assert getattr(session, role) == text
+                outcomes.expect(getattr(session, role) == text, (role, text))
                 created[role][text] = session.id
 
     assert outcomes.counted["refused"] > len(texts)
     assert outcomes.counted["kept"] > len(texts)
     by_id = {one.id: one for one in store.iter_sessions()}
     for role, ids in created.items():
-        assert {text: getattr(by_id[own], role) for text, own in ids.items()} == {t: t for t in ids}
+        for text, own in ids.items():
+            outcomes.expect(own in by_id and getattr(by_id[own], role) == text, (role, text))
     assert len(by_id) == sum(map(len, created.values()))
     assert_consistent(world)
-    canaries.assert_untouched()
+    outcomes.told(attack, len(texts), canaries)
 
 
-def test_different_ids_never_meet_in_an_index(world: World) -> None:
+@proves("hostile strings", ordinary=120, full=2_500)
+def test_different_ids_never_meet_in_an_index(
+    world: World, canaries: Canaries, attack: Attack
+) -> None:
     store, outcomes = world.store(), Outcomes()
+    texts = hostile_to(world, attack.size)
     created: dict[str, str] = {}
-    for text in share_of(world, seeded()):
+    for text in texts:
         session = outcomes.attempt(
             lambda text=text: store.create_session("codex", text, "/src", text, text)
         )
@@ -293,19 +323,23 @@ def test_different_ids_never_meet_in_an_index(world: World) -> None:
     keys = world.keys()
     for name in ("service", "task", "mcp"):
         index = f"sessions:{name}:"
-        assert {k for k in keys if k.startswith(index)} == {index + text for text in created}
+        found = {key for key in keys if key.startswith(index)}
+        for key in found ^ {index + text for text in created}:
+            outcomes.expect(False, f"a key too many or too few: {key}")
     for text, own in created.items():
-        assert store.find_session_by_service_id(text, tail=0).id == own
-        assert [one.id for one in store.find_sessions(task_id=text)] == [own]
-        assert [one.id for one in store.find_sessions(mcp_session_id=text)] == [own]
+        outcomes.expect(store.find_session_by_service_id(text, tail=0).id == own, text)
+        outcomes.expect([one.id for one in store.find_sessions(task_id=text)] == [own], text)
+        outcomes.expect([one.id for one in store.find_sessions(mcp_session_id=text)] == [own], text)
+    outcomes.told(attack, len(texts), canaries)
 
 
+@proves("hostile strings", ordinary=120, full=2_500)
 def test_hostile_text_in_buffers_and_metadata_is_refused_or_kept_exactly(
-    world: World, canaries: Canaries
+    world: World, canaries: Canaries, attack: Attack
 ) -> None:
-    store = world.store(buffer_bytes=0)
-    outcomes = Outcomes()
+    store, outcomes = world.store(buffer_bytes=0), Outcomes()
     own = store.create_session("claude", "s", "/src").id
+    texts = hostile_to(world, attack.size)
     lines: list[str] = []
     values: dict[str, str] = {}
     names: list[str] = []
@@ -315,7 +349,7 @@ def test_hostile_text_in_buffers_and_metadata_is_refused_or_kept_exactly(
         outcomes.attempt(call)
         return outcomes.counted["kept"] > before
 
-    for number, text in enumerate(share_of(world, seeded())):
+    for number, text in enumerate(texts):
         if accepted(lambda text=text: store.add_output(own, text)):
             lines.append(text)
         update = {f"n{number % 60}": text}
@@ -324,19 +358,21 @@ def test_hostile_text_in_buffers_and_metadata_is_refused_or_kept_exactly(
         named = {text: f"value of {number}"}
         if accepted(lambda named=named: store.update_metadata(own, named)):
             names.append(text)
-            assert store.get_session(own, tail=0).metadata == values | named
+            found = store.get_session(own, tail=0).metadata
+            outcomes.expect(found == values | named, f"metadata with the name {text!r}")
             values.pop(text, None)
             store.update_metadata(own, {text: None})
 
     session = store.get_session(own)
-    assert session.output_buffer == tuple(lines)
-    assert session.metadata == values
-    assert store.get_session(own, tail=3).output_buffer == tuple(lines[-3:])
-    assert len(lines) > 50
+    assert len(session.output_buffer) == len(lines) > 50
+    for stored, line in zip(session.output_buffer, lines, strict=True):
+        outcomes.expect(stored == line, line)
+    outcomes.expect(session.metadata == values, "metadata")
+    outcomes.expect(store.get_session(own, tail=3).output_buffer == tuple(lines[-3:]), "a tail")
     assert names
     assert all(set(name) <= set(string.ascii_letters + string.digits + "_.-") for name in names)
     assert_consistent(world)
-    canaries.assert_untouched()
+    outcomes.told(attack, len(texts), canaries)
 
 
 def test_hostile_bytes_are_kept_as_what_utf8_makes_of_them(world: World) -> None:
@@ -365,32 +401,75 @@ ABOUT_A_SESSION: dict[str, Callable[[Any, str], Any]] = {
 }
 
 
+@proves("hostile strings", ordinary=120, full=2_500)
 def test_a_hostile_id_finds_no_session_and_touches_nothing(
-    world: World, canaries: Canaries
+    world: World, canaries: Canaries, attack: Attack
 ) -> None:
-    store, rng = world.store(), seeded()
-    outcomes = Outcomes()
+    store, outcomes = world.store(), Outcomes()
     own = store.create_session("claude", "s", "/src").id
     store.add_output(own, "line")
     before = world.keys()
     imitations = [f"{own}{tail}" for tail in (":output", ":errors", "%3Aoutput", " ", "}", "\x00")]
     imitations += [f"session:{own}", own.upper(), own[:-1], f"../{own}", f"{world.namespace}:{own}"]
-    texts = imitations + share_of(world, rng)
+    texts = imitations + hostile_to(world, attack.size)
     for text in texts:
         for call in ABOUT_A_SESSION.values():
             outcomes.missing(lambda call=call, text=text: call(store, text))
-        assert outcomes.attempt(lambda text=text: store.find_session(text)) is None
+        found = outcomes.attempt(lambda text=text: store.find_session(text))
+        outcomes.expect(found is None, text)
         for force in (False, True):
-            assert not outcomes.attempt(
+            deleted = outcomes.attempt(
                 lambda text=text, force=force: store.delete_session(text, force=force)
             )
+            outcomes.expect(not deleted, text)
 
-    assert outcomes.counted["not found"] > 100
+    assert outcomes.counted["not_found"] > 100
     assert outcomes.counted["refused"] > 100
-    assert {key for key in world.keys() - before if not key.startswith("lane:")} == set()
-    assert store.get_session(own).output_buffer == ("line",)
+    for key in world.keys() - before:
+        outcomes.expect(key.startswith("lane:"), f"a new key: {key}")
+    outcomes.expect(store.get_session(own).output_buffer == ("line",), "the session's output")
     assert_consistent(world)
-    canaries.assert_untouched()
+    outcomes.told(attack, len(texts), canaries)
+
+
+class Unchecked:
+    """A store that takes ids as they come, and makes its keys of them."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def create(self, session_id: str) -> None:
+        self._client.hset(session_id, mapping={"id": session_id, "status": "active"})
+
+    def add_output(self, session_id: str, line: str) -> None:
+        self._client.rpush(f"{session_id}:output", line)
+
+    def output(self, session_id: str) -> list[str]:
+        found: list[str] = self._client.lrange(f"{session_id}:output", 0, -1)
+        return found
+
+
+@controls("hostile strings", ordinary=120, full=2_500)
+def test_keys_of_unchecked_ids_collide_and_reach_the_keys_of_others(
+    server: PrivateServer, attack: Attack
+) -> None:
+    with closing(World("sync", server.program.name.lower(), server.url)) as world:
+        canaries, outcomes = Canaries(world), Outcomes()
+        names = [*canaries.names, f"canary-{world.namespace}"]
+        # In this world's namespace, so that what it makes can be removed; but for others' keys.
+        own = [f"{world.prefix}{text}" for text in hostile_to(world, attack.size)]
+        store = Unchecked(world.redis)
+        for text in (*names, *own):
+            outcomes.attempt(lambda text=text: store.create(text))
+            outcomes.attempt(lambda text=text: store.add_output(text, f"line of {text}"))
+        for text in own:
+            output = outcomes.attempt(lambda text=text: store.output(text))
+            outcomes.expect(output == [f"line of {text}"], f"the output of {text}")
+        foreign = canaries.changed()
+        outcomes.told(attack, len(own), canaries)
+        canaries.remove()
+        world.redis.delete(*foreign)
+        assert foreign
 
 
 def test_what_is_refused_is_refused_before_anything_is_sent(server: PrivateServer) -> None:

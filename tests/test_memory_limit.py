@@ -1,8 +1,9 @@
 """A server at its memory limit: what grows is refused whole, everything else goes on.
 
 Each test fills a small server of its own until it takes no more. One test then works at the limit
-for hundreds of operations, the limit moving with them, so that memory runs out at any moment. The
-controls begin with a write that shrinks, or use several commands: the same checks catch them.
+for hundreds of operations, the limit moving with them, so that memory runs out at any moment: a
+crossing is an operation that memory stopped, or that began with more used than the limit. The
+controls begin with a write that grows, or use several commands: the same checks catch them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import redis
 from conftest import PROGRAMS, SERVERS, World
 from consistency import assert_consistent
 from faults import seeded
+from programme import Attack, controls, proves
 from redis.exceptions import OutOfMemoryError
 
 from sessionstore import (
@@ -36,8 +38,6 @@ from sessionstore.testing import memory_store
 
 ROOM = 3 * 1024 * 1024  # bytes, beside what the empty server takes
 SESSIONS = 12  # to begin with
-OPERATIONS = 300
-
 
 READ: dict[bytes, Callable[[Any, bytes], Any]] = {
     b"hash": lambda client, key: client.hgetall(key),
@@ -327,31 +327,49 @@ class Crossing:
         self.full, self.rng = full, rng
         self.ids = list(full.ids)
         self.done: Counter[str] = Counter()
+        self.done_while_full: Counter[str] = Counter()
         self.out_of_memory: Counter[str] = Counter()
+        self.wrong: list[str] = []
         self.made = 0
         self.leases: dict[str, Any] = {}
 
+    @property
+    def crossings(self) -> int:
+        return self.out_of_memory.total() + self.done_while_full.total()
+
     def step(self) -> None:
         full, rng = self.full, self.rng
-        full.raw.config_set("maxmemory", full.used() + rng.randint(-2_000, 20_000))
+        used, room = full.used(), rng.randint(-20_000, 20_000)
+        full.raw.config_set("maxmemory", used + room)
         own = rng.choice(self.ids)
         before = self.of_session(own)
+        growing = (self.append, self.append_many, self.create, self.note, self.touch)
         operations: list[Callable[[str], Any]] = [
             self.append, self.append, self.append_many, self.create, self.create,
             self.change_status, self.note, self.touch, self.delete, self.ask_in_vain,
             self.claim, self.claim, self.renew, self.release, self.reap,
         ]  # fmt: skip
         operation = rng.choice(operations)
+        name = operation.__name__
         try:
-            operation(own)
+            is_done = operation(own)
         except OutOfMemoryError:
-            assert operation in (
-                self.append, self.append_many, self.create, self.note, self.touch
-            )  # fmt: skip
-            self.out_of_memory[operation.__name__] += 1
-            assert self.of_session(own) == before
+            self.out_of_memory[name] += 1
+            if operation not in growing:
+                self.wrong.append(f"{name} was refused")
+            if self.of_session(own) != before:
+                self.wrong.append(f"{name} was refused and has changed {own}")
+            self.look()
         else:
-            self.done[operation.__name__] += 1
+            if is_done is not False:
+                (self.done_while_full if room < 0 else self.done)[name] += 1
+
+    def look(self) -> None:
+        """Nothing is there in part."""
+        try:
+            assert_consistent(self.full.world)
+        except AssertionError as error:
+            self.wrong.append(f"a partial change: {error!s:.500}")
 
     def of_session(self, own: str) -> list[Any]:
         key, client = self.full.world.session(own), self.full.raw
@@ -380,60 +398,91 @@ class Crossing:
     def touch(self, own: str) -> None:
         self.full.store.update_activity(own)
 
-    def delete(self, own: str) -> None:
-        if len(self.ids) > SESSIONS // 2:
-            assert self.full.store.delete_session(own) is True
-            self.ids.remove(own)
+    def delete(self, own: str) -> bool:
+        if len(self.ids) <= SESSIONS // 2:
+            return False
+        assert self.full.store.delete_session(own) is True
+        self.ids.remove(own)
+        return True
 
     def ask_in_vain(self, own: str) -> None:
         with pytest.raises(SessionStatusError):
             self.full.store.update_status(own, "busy", expected=self.other_status(own))
 
-    def claim(self, own: str) -> None:
-        if not self.is_held(own):
-            expected = ("starting", "active", "busy", "error", "terminated")
-            self.leases[own] = self.full.store.claim(own, ttl=3600, expected=expected)
+    def claim(self, own: str) -> bool:
+        if self.is_held(own):
+            return False
+        expected = ("starting", "active", "busy", "error", "terminated")
+        self.leases[own] = self.full.store.claim(own, ttl=3600, expected=expected)
+        return True
 
     def is_held(self, own: str) -> bool:
         return own in self.leases and not self.leases[own].released
 
-    def renew(self, own: str) -> None:
-        if self.is_held(own):
-            self.leases[own].renew()
+    def held(self, own: str) -> str | None:
+        """This session if it is held, else another that is."""
+        return next((one for one in (own, *self.ids) if self.is_held(one)), None)
 
-    def release(self, own: str) -> None:
-        if self.is_held(own):
-            self.leases[own].release(self.rng.choice(("active", "error")))
+    def renew(self, own: str) -> bool:
+        held = self.held(own)
+        if held is not None:
+            self.leases[held].renew()
+        return held is not None
 
-    def reap(self, _: str) -> None:
+    def release(self, own: str) -> bool:
+        held = self.held(own)
+        if held is not None:
+            self.leases[held].release(self.rng.choice(("active", "error")))
+        return held is not None
+
+    def reap(self, _: str) -> bool:
         """One of those that are idle and not held; and one of those that have ended."""
         ended_for = 0 if len(self.ids) > SESSIONS // 2 else None
-        for one in self.full.store.reap(idle_for=0, ended_for=ended_for, limit=1):
+        reaped = self.full.store.reap(idle_for=0, ended_for=ended_for, limit=1)
+        for one in reaped:
             if one.action == "deleted":
                 self.ids.remove(one.session_id)
+        return bool(reaped)
 
     def other_status(self, own: str) -> str:
         status = self.full.store.get_session(own, tail=0).status
         return "starting" if status != "starting" else "busy"
 
 
-def test_crossing_the_limit_at_any_moment_never_leaves_a_partial_change(full_sync: Filled) -> None:
-    crossing = Crossing(full_sync, seeded())
-    for number in range(OPERATIONS):
+#: What must work while memory is full, besides refusing.
+MUST_WORK = {"claim", "renew", "release", "reap", "delete", "change_status", "ask_in_vain"}
+MUST_BE_REFUSED = {"append", "append_many", "create", "note"}
+
+
+@proves("full memory", ordinary=75, full=150)
+def test_crossing_the_limit_at_any_moment_never_leaves_a_partial_change(
+    full: Filled, attack: Attack
+) -> None:
+    crossing = Crossing(full, seeded())
+    for number in range(attack.size * 20):
+        seen = crossing.done_while_full.keys() | crossing.out_of_memory.keys()
+        if crossing.crossings >= attack.size and seen >= MUST_WORK | MUST_BE_REFUSED:
+            break
         crossing.step()
         if number % 15 == 0:
-            assert_consistent(full_sync.world)
+            crossing.look()
+    crossing.look()
 
-    assert_consistent(full_sync.world)
-    found = {one.id for one in full_sync.store.iter_sessions()}
-    assert found == set(crossing.ids)
-    # Both sides of the limit were seen, by each operation that grows.
-    assert sum(crossing.out_of_memory.values()) > OPERATIONS // 20
-    assert sum(crossing.done.values()) > OPERATIONS // 4
-    assert crossing.done.keys() >= {
-        *("append", "create", "change_status", "delete", "ask_in_vain"),
-        *("claim", "renew", "release", "reap"),
-    }
+    found = {one.id for one in full.store.iter_sessions()}
+    crossing.wrong += [f"lost or left over: {one}" for one in found ^ set(crossing.ids)]
+    print(*crossing.wrong[:20], sep="\n")
+    # Both sides of the limit were seen, by each operation.
+    assert crossing.done_while_full.keys() >= MUST_WORK
+    assert crossing.out_of_memory.keys() >= MUST_BE_REFUSED
+    assert crossing.done.keys() >= {"append", "create"}
+    attack.tell(
+        injected=crossing.crossings,
+        wrong=len(crossing.wrong),
+        refused_whole=crossing.out_of_memory.total(),
+        **{f"{name}d_while_full": crossing.done_while_full[name] for name in ("delete", "release")},
+        reaped_while_full=crossing.done_while_full["reap"],
+        claimed_while_full=crossing.done_while_full["claim"],
+    )
 
 
 # ---- Controls ------------------------------------------------------------------------------------
@@ -455,10 +504,35 @@ def test_a_script_that_shrinks_first_runs_beyond_the_limit(full_sync: Filled) ->
     assert full_sync.used() > before + 500_000
 
 
-def test_separate_commands_leave_a_partial_change(full_sync: Filled) -> None:
-    world, own = full_sync.world, full_sync.ids[0]
-    full_sync.raw.srem(f"{world.prefix}sessions:status:active", own)
-    with pytest.raises(OutOfMemoryError):
-        full_sync.raw.sadd(f"{world.prefix}sessions:status:busy", own)
+@controls("full memory", ordinary=SESSIONS)
+def test_separate_commands_leave_a_partial_change(full_sync: Filled, attack: Attack) -> None:
+    world, partial = full_sync.world, 0
+    active, busy = (f"{world.prefix}sessions:status:{name}" for name in ("active", "busy"))
+    for own in full_sync.ids:
+        full_sync.raw.srem(active, own)
+        with pytest.raises(OutOfMemoryError):
+            full_sync.raw.sadd(busy, own)
+        partial += not any(full_sync.raw.sismember(key, own) for key in (active, busy))
     with pytest.raises(AssertionError):
         assert_consistent(world)
+    attack.tell(injected=len(full_sync.ids), wrong=partial)
+
+
+@controls("full memory", ordinary=SESSIONS)
+def test_a_release_that_begins_with_what_grows_does_not_work(
+    full_sync: Filled, attack: Attack
+) -> None:
+    world, refused = full_sync.world, 0
+    for own in full_sync.ids:
+        full_sync.store.claim(own, ttl=3600)
+        try:
+            full_sync.raw.eval(
+                "redis.call('SADD', KEYS[1], ARGV[1]) redis.call('SREM', KEYS[2], ARGV[1])",
+                2,
+                f"{world.prefix}sessions:status:active",
+                f"{world.prefix}sessions:status:busy",
+                own,
+            )
+        except redis.ResponseError:
+            refused += 1
+    attack.tell(injected=len(full_sync.ids), wrong=refused)
