@@ -136,23 +136,6 @@ def stepwise(
     return then(first, begin)
 
 
-def one_after_another(calls: Sequence[Call[list[T]]]) -> Request[list[T]]:
-    """Writes of several partitions in turn, the items that each gives as one list."""
-    items: list[T] = []
-
-    def following(number: int) -> Call[list[T]]:
-        call = calls[number]
-
-        def decode(reply: Any) -> list[T] | Request[list[T]]:
-            some: Any = call.decode(reply)
-            items.extend(some)
-            return items if number + 1 == len(calls) else following(number + 1)
-
-        return Call(call.script, call.keys, call.args, decode, call.lane, call.unopened)
-
-    return following(0)
-
-
 @dataclass(frozen=True, slots=True)
 class Page(Generic[T, C]):
     """Some items, and the cursor to go on from; None at the end."""

@@ -196,9 +196,10 @@ def metrics(replies: Iterable[Sequence[Any]]) -> SessionMetrics:
     )
 
 
-def reaped(reply: Any) -> list[Reaped]:
-    """What a pass of the reaper tells."""
-    return [
+def reaped(reply: Any) -> tuple[list[Reaped], list[str | int]]:
+    """What a script of the reaper tells; and where the next one is to begin, empty at the end."""
+    answer = json.loads(done(reply))
+    reaped = [
         Reaped(
             session_id=told["session_id"],
             action=told["action"],
@@ -206,8 +207,9 @@ def reaped(reply: Any) -> list[Reaped]:
             status=told["status"],
             owner=told.get("owner"),
         )
-        for told in json.loads(done(reply))
+        for told in answer["told"]
     ]
+    return reaped, answer["next"] or []
 
 
 _REASONS: dict[str, Callable[[dict[str, Any]], str]] = {

@@ -35,13 +35,14 @@ from sessionstore import codec
 from sessionstore._call import Call, Feed, Page, Request, then
 from sessionstore._version import __version__
 from sessionstore.keys import Keys
-from sessionstore.listing import PAGE_BYTES, PAGE_ROWS, Filters
+from sessionstore.listing import PAGE_BYTES, Filters
 from sessionstore.opening import SCHEMA_VERSION
 from sessionstore.reading import MOST_ENTRIES, Buffer
 
 logger = logging.getLogger("sessionstore")
 
 FORMAT = 1
+PAGE_ROWS = 100  # about 3 ms of the server's time
 #: The buffers by their names in a file, and what their hash fields begin with.
 BUFFERS: dict[str, Buffer] = {"output": "output", "errors": "error"}
 

@@ -9,13 +9,13 @@ First the twelve methods of the TypeScript original, under their own names; then
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from sessionstore import arguments as check
 from sessionstore import codec, following, reading
-from sessionstore._call import Call, Feed, Live, Request, Several, one_after_another, then
+from sessionstore._call import Call, Feed, Live, Request, Several, stepwise, then
 from sessionstore._operation import feed, operation
 from sessionstore.doctor import Doctor, drift_of
 from sessionstore.errors import SessionNotFoundError
@@ -560,7 +560,7 @@ class SessionOperations:
         )
         check.whole("limit", limit, 1, MOST_REAPED)
 
-        def of_partition(keys: Keys) -> Call[list[Reaped]]:
+        def script(keys: Keys, place: Sequence[str | int] = ()) -> Call[Any]:
             return Call(
                 "reap",
                 keys=(
@@ -582,12 +582,26 @@ class SessionOperations:
                     "1" if dry_run else "",
                     self.settings.buffer_limit,
                     self.settings.buffer_bytes,
+                    *place,
                 ),
                 decode=codec.reaped,
                 lane=keys.lane,
             )
 
-        return one_after_another([of_partition(keys) for keys in self.keyspace.all])
+        first, *others = self.keyspace.all
+
+        def rest(answer: Any) -> Generator[Request[Any], Any, list[Reaped]]:
+            """Script after script, partition after partition."""
+            told: list[Reaped] = []
+            for keys in (first, *others):
+                some, place = answer if keys is first else (yield script(keys))
+                told += some
+                while place:
+                    some, place = yield script(keys, place)
+                    told += some
+            return told
+
+        return stepwise(script(first), rest)
 
     @feed
     def check(self) -> Feed[Problem, Any]:

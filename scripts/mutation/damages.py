@@ -636,7 +636,7 @@ REAPING = [
     ),
     _damage(
         "reap", "a long head of held sessions starves the others",
-        "or #heads == 2 * MOST_WALKED\n", "\n",
+        "or walked == MOST_WALKED\n", "\n",
         REAP,
     ),
     _damage(
@@ -728,8 +728,7 @@ READING = [
     ),
     _damage(
         "find_sessions", "of two sets one is walked further than the other is known",
-        "while cut_off and before(cut_off, candidates[#candidates]) do",
-        "while false and before(cut_off, candidates[#candidates]) do",
+        "while (live[i] or not more_live) and", "while",
         BOUNDS,
     ),
     _damage(

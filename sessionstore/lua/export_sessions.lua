@@ -1,6 +1,6 @@
 -- export_sessions: a page of sessions as they are stored, byte for byte, in the order of creation.
 --
--- All sessions are walked, MOST_WALKED candidates a page, and the filters' index sets are probed.
+-- All sessions are walked, and the filters' index sets are probed: MOST_WALKED candidates a page.
 -- Buffers over the page's room are not among its rows: they are to be read by read_buffer.
 --
 -- KEYS    1 sessions  2 activity  3 ended  4… index sets, filter after filter
@@ -21,8 +21,12 @@ local prefix, seen_us, seen_id = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local most_rows, room = tonumber(ARGV[4]), tonumber(ARGV[5])
 local idle_until = ARGV[6] ~= '' and now_us - tonumber(ARGV[6]) or nil
 local FIRST_SET, FIRST_FILTER = 4, 7
-local MOST_WALKED = 1000
-local ENTRY_OVERHEAD = 16   -- as in append.lua: an entry weighs more than its text
+local MOST_WALKED = 500
+local ENTRY_OVERHEAD = 400   -- what an entry costs the server in a page, in bytes: 1 µs
+
+-- How many candidates to walk at once; the last one seen is among them again.
+local walked = (ARGV[FIRST_FILTER] or idle_until) and MOST_WALKED or most_rows
+walked = seen_us and walked + 1 or walked
 
 -- Sessions in order after the last one seen, of which several may be of one microsecond; and
 -- whether more may follow them.
@@ -33,18 +37,18 @@ local function candidates()
   local from, offset, following = seen_us and integer(seen_us) or '-inf', 0, {}
   while true do
     local head = redis.call('ZRANGEBYSCORE', sessions, from, '+inf', 'WITHSCORES',
-      'LIMIT', offset, MOST_WALKED)
+      'LIMIT', offset, walked)
     for i = 1, #head, 2 do
       local id, us = head[i], tonumber(head[i + 1])
       if not seen_us or us > seen_us or (us == seen_us and id > seen_id) then
         following[#following + 1] = {id = id, score = head[i + 1]}
       end
     end
-    local more = #head == 2 * MOST_WALKED
+    local more = #head == 2 * walked
     if not more or #following > 0 then
       return following, more
     end
-    offset = offset + MOST_WALKED
+    offset = offset + walked
   end
 end
 
@@ -67,17 +71,17 @@ local function matches(id)
   return true
 end
 
-local function weight_of(parts)
-  local bytes = ENTRY_OVERHEAD * #parts
+local function weight_of(parts, overhead)
+  local bytes = (overhead or 0) * #parts
   for _, part in ipairs(parts) do
     bytes = bytes + #part
   end
   return bytes
 end
 
--- By the hash, but never less than its entries weigh at least.
+-- By the hash, and what its entries cost.
 local function expected_bytes(stored, length)
-  return math.max(tonumber(stored or nil) or 0, ENTRY_OVERHEAD * length)
+  return (tonumber(stored or nil) or 0) + ENTRY_OVERHEAD * length
 end
 
 local function load(candidate)
@@ -103,7 +107,7 @@ local function load(candidate)
     return row, bytes, true
   end
   row[8], row[10] = redis.call('LRANGE', output, 0, -1), redis.call('LRANGE', errors, 0, -1)
-  return row, bytes + weight_of(row[8]) + weight_of(row[10])
+  return row, bytes + weight_of(row[8], ENTRY_OVERHEAD) + weight_of(row[10], ENTRY_OVERHEAD)
 end
 
 local rows, last = {}, nil

@@ -4,9 +4,11 @@
 -- mark is one to three grace periods old; an older one is renewed, for while nobody passed, nobody
 -- may have been able to renew either. A worker that renews takes the mark away.
 --
--- Only the heads of leases, activity and ended are looked at, MOST_WALKED of each. The head of
--- activity may be full of sessions that are quiet and held, so the next pass goes on where this
--- one stopped.
+-- Only the heads of leases, activity and ended are looked at, in this order, MOST_WALKED of each.
+-- The head of activity may be full of sessions that are quiet and held, so the next pass goes on
+-- where this one stopped.
+--
+-- One script does only so much, 2 to 4 ms, and tells where the next one of the pass is to begin.
 --
 -- KEYS    1 lane  2 sessions  3 types  4 activity  5 ended  6 leases  7 events
 --         8 where in activity to go on, a string "<score> <id>"
@@ -15,7 +17,11 @@
 --         6 ended for at least this many µs, '' = leave ended ones alone
 --         7 most sessions of each kind  8 '1' = only tell
 --         9 most entries and 10 most bytes an error buffer keeps, 0 = no bound
--- Returns ok <JSON: for each session what is done with it and why>
+--         11… where to begin, nothing in the first script of a pass: the kind of heads, 1 to 3;
+--         how many of them were looked at; how many of these are still there; how many sessions
+--         were marked, terminated or deleted; how many were lost; where in activity it began
+-- Returns ok <JSON: told, for each session what is done with it and why; next, where the next
+--         script is to begin, null at the end>
 -- Event   lease_expired status_changed deleted
 --- @include once, clock, types, are, status, wake, event, move, lease, removal, expired
 local activity, ended, leases, events, place = KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8]
@@ -23,7 +29,13 @@ local prefix, actor, grace_ms = ARGV[2], ARGV[3], tonumber(ARGV[4])
 local idle_us, ended_us = tonumber(ARGV[5]), tonumber(ARGV[6])
 local most, only_tell = tonumber(ARGV[7]), ARGV[8] == '1'
 local most_entries, most_bytes = tonumber(ARGV[9]), tonumber(ARGV[10])
+local LEASES, IDLE, ENDED_ONES = 1, 2, 3
+local kind = tonumber(ARGV[11] or LEASES)
+local walked, offset = tonumber(ARGV[12] or 0), tonumber(ARGV[13] or 0)
+local done_before, lost_before = tonumber(ARGV[14] or 0), tonumber(ARGV[15] or 0)
+local began_at = ARGV[16]
 local MOST_WALKED = 1000
+local MOST_WORK, WORK_OF_AN_END = 100, 2   -- to look at a session is 1, about 20 µs
 local STATUSES = {starting = true, active = true, busy = true, error = true, terminated = true}
 local ENTRY_OVERHEAD = 16   -- as in append.lua: an entry weighs more than its text
 
@@ -39,6 +51,35 @@ local told = {}
 local function tell(id, action, details)
   details.session_id, details.action = id, action
   told[#told + 1] = details
+end
+
+-- How much was done, and how many more of a kind may be looked at.
+local work = 0
+local function room()
+  return math.max(0, math.min(MOST_WORK - work, MOST_WALKED - walked))
+end
+
+-- A session was looked at; is it still at the head?
+local function looked_at(is_there)
+  walked, work = walked + 1, work + 1
+  if is_there or only_tell then
+    offset = offset + 1
+  else
+    work = work + WORK_OF_AN_END
+  end
+end
+
+-- The next kind of heads begins.
+local function next_kind(following)
+  kind, walked, offset, done_before, lost_before, began_at = following, 0, 0, 0, 0, nil
+end
+
+-- The end of this script; with more to do unless all kinds are done.
+local function tell_all(done_of_kind, lost)
+  local following = kind <= ENDED_ONES
+    and cjson.encode({kind, walked, offset, done_of_kind, lost or 0, began_at or ''}) or 'null'
+  local all = #told > 0 and cjson.encode(told) or '[]'
+  return done('{"told":' .. all .. ',"next":' .. following .. '}')
 end
 
 -- A session's fields; nil if a key that ending it would touch is spoilt: the doctor's case.
@@ -88,27 +129,38 @@ local function lose(id, found)
     'old_status', found.status, 'status', 'error')
 end
 
-local marked, lost = 0, 0
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', leases, '-inf', integer(now_ms), 'LIMIT', 0, MOST_WALKED)) do
-  local found = load(id)
-  if found and found.owner and not is_live(found.owner, found.expires_at, now) then
-    local age_ms = found.seen_ms and now_ms - found.seen_ms
-    local details = {status = found.status, owner = found.owner, 
-      expired_at = found.expires_at or 'an unknown time'}
-    if not age_ms or age_ms < 0 or age_ms > 3 * grace_ms then
-      if marked < most then
-        marked = marked + 1
-        if not only_tell then
-          redis.call('HSET', found.key, 'reap_seen_ms', integer(now_ms))
-        end
-        tell(id, 'marked', details)
-      end
-    elseif age_ms >= grace_ms and lost < most then
-      lost = lost + 1
-      lose(id, found)
-      tell(id, 'lost', details)
+if kind == LEASES then
+  local marked, lost, asked = done_before, lost_before, room()
+  local heads = redis.call('ZRANGEBYSCORE', leases, '-inf', integer(now_ms), 'LIMIT', offset, asked)
+  for _, id in ipairs(heads) do
+    if work >= MOST_WORK then
+      return tell_all(marked, lost)
     end
+    local found, is_there = load(id), true
+    if found and found.owner and not is_live(found.owner, found.expires_at, now) then
+      local age_ms = found.seen_ms and now_ms - found.seen_ms
+      local details = {status = found.status, owner = found.owner,
+        expired_at = found.expires_at or 'an unknown time'}
+      if not age_ms or age_ms < 0 or age_ms > 3 * grace_ms then
+        if marked < most then
+          marked = marked + 1
+          if not only_tell then
+            redis.call('HSET', found.key, 'reap_seen_ms', integer(now_ms))
+          end
+          tell(id, 'marked', details)
+        end
+      elseif age_ms >= grace_ms and lost < most then
+        lost, is_there = lost + 1, false
+        lose(id, found)
+        tell(id, 'lost', details)
+      end
+    end
+    looked_at(is_there)
   end
+  if #heads == asked and walked < MOST_WALKED then
+    return tell_all(marked, lost)
+  end
+  next_kind(IDLE)
 end
 
 -- ---- Idle sessions --------------------------------------------------------------------------------
@@ -123,22 +175,22 @@ local function go_on_at(candidate)
   end
 end
 
-if idle_us then
-  local from, last = '-inf', nil
-  local stored = are('string', place) and redis.call('GET', place)
-  if stored then
-    from, last = string.match(stored, '^(%d+) (.*)$')
-  end
+if kind == IDLE and idle_us then
+  began_at = began_at or are('string', place) and redis.call('GET', place) or ''
+  local from, last = string.match(began_at, '^(%d+) (.*)$')
+  local terminated, asked, stopped = done_before, room(), nil
   local heads = redis.call('ZRANGEBYSCORE', activity, from or '-inf', integer(now_us - idle_us),
-    'WITHSCORES', 'LIMIT', 0, MOST_WALKED)
-  local terminated, stopped = 0, nil
+    'WITHSCORES', 'LIMIT', offset, asked)
   for i = 1, #heads, 2 do
     local id, score = heads[i], tonumber(heads[i + 1])
     if terminated == most then break end
+    if work >= MOST_WORK then
+      return tell_all(terminated)
+    end
     stopped = integer(score) .. ' ' .. id
-    local found = id ~= last and load(id)
+    local found, is_there = id ~= last and load(id), true
     if found and not found.owner and not ENDED[found.status] then
-      terminated = terminated + 1
+      terminated, is_there = terminated + 1, false
       if not only_tell then
         redis.call('HSET', found.key, 'status', 'terminated')
         move(prefix, id, found.status, 'terminated')
@@ -147,19 +199,35 @@ if idle_us then
       end
       tell(id, 'terminated', {status = found.status, idle_us = now_us - score})
     end
+    looked_at(is_there)
   end
-  local cut_off = terminated == most or #heads == 2 * MOST_WALKED
+  local cut_off = terminated == most or walked == MOST_WALKED
+  if #heads == 2 * asked and not cut_off then
+    return tell_all(terminated)
+  end
   go_on_at(cut_off and stopped or nil)
+end
+if kind == IDLE then
+  next_kind(ENDED_ONES)
 end
 
 -- ---- Ended sessions -------------------------------------------------------------------------------
 
 if ended_us then
-  for _, one in ipairs(expired(prefix, ended_us, most, MOST_WALKED)) do
+  local ends = math.ceil((MOST_WORK - work) / (1 + WORK_OF_AN_END))
+  local most_now = math.max(0, math.min(most - done_before, ends))
+  local found, count, no_more = expired(prefix, ended_us, most_now, room(), offset)
+  for _, one in ipairs(found) do
     if not only_tell then
       remove(prefix, one.id, one.removal, actor)
     end
     tell(one.id, 'deleted', {status = one.removal.status, ended_us = one.ended_us})
   end
+  walked, offset = walked + count, offset + count - (only_tell and 0 or #found)
+  local deleted = done_before + #found
+  if not no_more and deleted < most and walked < MOST_WALKED then
+    return tell_all(deleted)
+  end
 end
-return done(#told > 0 and cjson.encode(told) or '[]')
+kind = ENDED_ONES + 1
+return tell_all(0)

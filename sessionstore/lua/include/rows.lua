@@ -1,15 +1,13 @@
 -- rows: sessions as rows of a page.
 
--- What the newest `tail` entries of a list weigh, by its average entry. -1 means all of them.
-local function expected_bytes(list, bytes, tail)
-  if tail < 0 then
-    return bytes
-  end
-  local length = redis.call('LLEN', list)
-  return length > tail and bytes * tail / length or bytes
-end
+local ENTRY_OVERHEAD = 400   -- what an entry costs the server in a page, in bytes: 1 µs
 
-local ENTRY_OVERHEAD = 16   -- as in append.lua: an entry weighs more than its text
+-- What the newest `tail` entries of a list weigh in a page, by its average entry; -1 means all.
+local function expected_bytes(list, bytes, tail)
+  local length = redis.call('LLEN', list)
+  local wanted = tail < 0 and length or math.min(length, tail)
+  return wanted > 0 and wanted * (bytes / length + ENTRY_OVERHEAD) or 0
+end
 
 local function bytes_of(entries)
   local bytes = ENTRY_OVERHEAD * #entries
