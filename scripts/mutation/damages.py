@@ -588,8 +588,8 @@ REAPING = [
     ),
     _damage(
         "reap", "a dry run marks",
-        "        if not only_tell then\n          redis.call('HSET', found.key, 'reap_seen_ms'",
-        "        if true then\n          redis.call('HSET', found.key, 'reap_seen_ms'",
+        "          if not only_tell then\n            redis.call('HSET', found.key, 'reap_seen_ms'",
+        "          if true then\n            redis.call('HSET', found.key, 'reap_seen_ms'",
         REAP,
     ),
     _damage(

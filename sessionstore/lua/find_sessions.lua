@@ -2,7 +2,8 @@
 --
 -- The smallest index of the filters is taken whole if it has at most MOST_WALKED members;
 -- otherwise all sessions are walked in order, A_PAGE candidates of each sorted set at a time, and
--- the index sets are probed. Either way a page goes on from a place in the order, so pages may differ in it.
+-- the index sets are probed. Either way a page goes on from a place in the order, so pages may
+-- differ in it.
 -- (SSCAN is no substitute: across a restart of the server it missed 5,001 of 20,000 members.)
 --
 -- KEYS    1 sessions  2 activity  3 ended  4… index sets, filter after filter
