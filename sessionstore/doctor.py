@@ -216,10 +216,10 @@ class Doctor:
         match place.walk:
             case "server":
                 return stepwise(self._server(), self._begin)
+            case _ if place.large:  # of the last page of keys too, before the sums
+                return stepwise(self._members(place), lambda r: self._walk_members(place, r))
             case "sums":
                 return stepwise(drift_of(self.keyspace), self._end)
-            case _ if place.large:
-                return stepwise(self._members(place), lambda r: self._walk_members(place, r))
             case _:
                 return stepwise(self._scan(place), lambda reply: self._walk_keys(place, reply))
 

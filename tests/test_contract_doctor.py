@@ -484,8 +484,12 @@ def test_a_large_buffer_is_weighed_in_pieces(
     assert_consistent(world)
 
 
-def test_many_sessions_are_walked_in_pages(ward: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sessionstore.doctor, "KEYS_A_PAGE", 50)
+@pytest.mark.parametrize("keys_a_page", [50, 100_000])
+def test_many_sessions_are_walked_in_pages(
+    ward: World, monkeypatch: pytest.MonkeyPatch, keys_a_page: int
+) -> None:
+    """Large indexes too, also those that come with the last page of keys."""
+    monkeypatch.setattr(sessionstore.doctor, "KEYS_A_PAGE", keys_a_page)
     monkeypatch.setattr(sessionstore.doctor, "MEMBERS_A_SCRIPT", 20)
     store = ward.store()
     ids = [store.create_session("claude", f"s{n % 3}", "/src", "task").id for n in range(400)]
