@@ -660,6 +660,16 @@ def scene(world: World, store: Any, worker: Any) -> dict[str, list[str]]:
 PASS = {"idle_for": 60, "ended_for": 60}
 
 
+@pytest.fixture(params=[100, 4], ids=["one script", "many scripts"])
+def work(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass is one script, or one after another that do next to nothing each."""
+
+    bound = f"local MOST_WORK = {request.param} "
+    loader = altered("reap", "local MOST_WORK = 100 ", bound)
+    monkeypatch.setattr(sessionstore.pipelining, "load", loader)
+
+
+@pytest.mark.usefixtures("work")
 def test_a_pass_does_at_most_so_many_of_each_kind(world: World, store: Any, worker: Any) -> None:
     found = scene(world, store, worker)
 
@@ -674,6 +684,7 @@ def test_a_pass_does_at_most_so_many_of_each_kind(world: World, store: Any, work
     assert_consistent(world)
 
 
+@pytest.mark.usefixtures("work")
 def test_a_dry_run_changes_nothing_and_tells_what_a_pass_then_does(
     world: World, store: Any, worker: Any
 ) -> None:
@@ -692,6 +703,7 @@ def test_a_dry_run_changes_nothing_and_tells_what_a_pass_then_does(
     assert everything(world) != before
 
 
+@pytest.mark.usefixtures("work")
 def test_a_dry_run_tells_no_more_than_the_limit(world: World, store: Any, worker: Any) -> None:
     scene(world, store, worker)
     before = everything(world)

@@ -35,7 +35,8 @@ local walked, offset = tonumber(ARGV[12] or 0), tonumber(ARGV[13] or 0)
 local done_before, lost_before = tonumber(ARGV[14] or 0), tonumber(ARGV[15] or 0)
 local began_at = ARGV[16]
 local MOST_WALKED = 1000
-local MOST_WORK, WORK_OF_AN_END = 100, 2   -- to look at a session is 1, about 20 µs
+local MOST_WORK = 100        -- in one script; to look at a session is 1, about 20 µs
+local WORK_OF_AN_END = 2     -- and that much more to end it
 local STATUSES = {starting = true, active = true, busy = true, error = true, terminated = true}
 local ENTRY_OVERHEAD = 16   -- as in append.lua: an entry weighs more than its text
 
