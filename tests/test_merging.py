@@ -58,7 +58,7 @@ class Bounds:
         self._set(listing, "PAGE_BYTES", rng.choice([200, 1000, 1 << 20]))
         self._set(listing, "LEAST_BYTES", rng.choice([50, 200, 1 << 16]))
         self._in_lua = {
-            "MOST_WALKED": (1000, rng.choice([1, 3, 10, 1000])),
+            "MOST_WALKED": (500, rng.choice([1, 3, 10, 500])),
             "A_PAGE": (500, rng.choice([1, 3, 10, 500])),
             "PAGE_BYTES": (1048576, rng.choice([60, 300, 1048576])),
         }

@@ -1,9 +1,8 @@
 -- find_sessions: a page of the sessions that match, without loading those that do not.
 --
 -- The smallest index of the filters is taken whole if it has at most MOST_WALKED members;
--- otherwise all sessions are walked in order, A_PAGE candidates of each sorted set at a time, and
--- the index sets are probed. Either way a page goes on from a place in the order, so pages may
--- differ in it.
+-- otherwise all sessions are walked in order, A_PAGE candidates at a time, and the index sets are
+-- probed. Either way a page goes on from a place in the order, so pages may differ in it.
 -- (SSCAN is no substitute: across a restart of the server it missed 5,001 of 20,000 members.)
 --
 -- KEYS    1 sessions  2 activity  3 ended  4… index sets, filter after filter
@@ -23,7 +22,7 @@ local seen = ARGV[3] ~= '' and {score = tonumber(ARGV[3]), id = ARGV[4]} or nil
 local most_rows, most_bytes, tail = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local idle_until = ARGV[8] ~= '' and now_us - tonumber(ARGV[8]) or nil
 local FIRST_SET, FIRST_FILTER = 4, 9
-local MOST_WALKED = 1000
+local MOST_WALKED = 500
 local A_PAGE = 500
 
 local function last_active(id)
@@ -157,7 +156,8 @@ local function next_of(command, set, first, last, walked)
 end
 
 -- How many candidates to walk at once; the last one seen may be among them again.
-local walked = #filters == 0 and math.max(1, math.min(most_rows, A_PAGE)) or A_PAGE
+local walked = by_creation and A_PAGE or math.ceil(A_PAGE / 2)   -- in activity and in ended
+walked = #filters == 0 and math.max(1, math.min(most_rows, walked)) or walked
 walked = seen and walked + 1 or walked
 
 -- Sessions that were created together have their own microsecond each; imported ones need not.
