@@ -65,7 +65,7 @@ def test_a_server_killed_under_load_loses_nothing_and_nobody_notices(
             work.wait_for_turns(3)
             time.sleep(rng.uniform(0.0, 0.1))
             own_server.kill()
-            time.sleep(OUTAGE if kill == 0 else rng.uniform(0.0, 1.0))
+            time.sleep(OUTAGE if (policy, kill) == ("always", 0) else rng.uniform(0.0, 1.0))
             own_server.start()
         work.wait_for_turns(3)
     attack.tell(injected=attack.size, wrong=work.broken(), **work.seen())
