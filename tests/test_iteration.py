@@ -306,25 +306,25 @@ def commands_run(world: World, name: str) -> int:
 
 
 @pytest.mark.parametrize("world", ONE_PARTITION, indirect=True)
-def test_each_is_given_exactly_once_while_the_index_grows_and_shrinks_over_1000(
+def test_each_is_given_exactly_once_while_the_index_grows_and_shrinks_over_500(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Up to 1,000 members the index is taken whole, beyond that the creation order is walked."""
-    monkeypatch.setattr(listing, "PAGE_ROWS", 100)
+    """Up to 500 members the index is taken whole, beyond that the creation order is walked."""
+    monkeypatch.setattr(listing, "PAGE_ROWS", 50)
     store = world.store()
-    created = create(store, 1050)
+    created = create(store, 525)
     passing, kept = created[5::10], [one for i, one in enumerate(created) if i % 10 != 5]
 
     def switch(status: str) -> None:
-        for session_id in passing[:60]:
+        for session_id in passing[:30]:
             store.update_status(session_id, status)
 
     taken_whole, walked = commands_run(world, "zinter"), commands_run(world, "zrangebyscore")
     given = []
     for number, session in enumerate(store.iter_sessions(status="active")):
         given.append(session.id)
-        if number % 100 == 60:
-            switch("terminated" if number % 200 == 60 else "active")
+        if number % 50 == 30:
+            switch("terminated" if number % 100 == 30 else "active")
     taken_whole = commands_run(world, "zinter") - taken_whole
     walked = commands_run(world, "zrangebyscore") - walked
     assert min(taken_whole, walked) >= 3

@@ -38,7 +38,7 @@ from sessionstore.testing import memory_store
 
 LIMIT_US = 10_000
 TIMES, TIMES_THE_CALL = 10, 3
-MOST_PAGES = 300
+MOST_PAGES = 1000
 PROJECT = "/home/me/project"
 
 # ---- The store ----------------------------------------------------------------------------------
@@ -54,9 +54,9 @@ for n = tonumber(ARGV[2]), tonumber(ARGV[3]) do
   if n % 10 < 2 then status = 'terminated' elseif n % 10 < 4 then status = 'busy'
   elseif n % 100 == 9 then status = 'error' end
   local id = string.format('agent_%s_%08x-0000-4000-8000-%012x', type, n * 2654435761 % 2^32, n)
-  local service = n % 500 == 7 and 'service-large' or 'service-' .. n
+  local service = n % 1000 == 7 and 'service-large' or 'service-' .. n
   local task = n % 5 == 0 and 'task-large' or 'task-' .. math.floor(n / 4)
-  local mcp = 'mcp-' .. n % 1000
+  local mcp = 'mcp-' .. n % 2000   -- as many of one as are taken whole
   local us, session = since_us + n, prefix .. 'session:' .. id
   redis.call('HSET', session, 'id', id, 'type', type, 'status', status, 'created_at', iso(us),
     'last_activity', iso(us), 'service_session_id', service, 'project_path', '/home/me/project',
