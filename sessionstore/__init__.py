@@ -7,10 +7,10 @@
 ``SessionStore`` is for threads, ``AsyncSessionStore`` for asyncio; both have the same methods.
 """
 
-from importlib.metadata import PackageNotFoundError, version
 from logging import NullHandler, getLogger
 
 from sessionstore._operation import Outcome
+from sessionstore._version import __version__
 from sessionstore.batch import AsyncBatch, Batch
 from sessionstore.errors import (
     ImportConflictError,
@@ -47,11 +47,6 @@ from sessionstore.reaper import AsyncReaper, Reaper
 from sessionstore.settings import StoreSettings
 from sessionstore.store import AsyncSessionStore, SessionStore
 from sessionstore.writer import AsyncWriter, Writer
-
-try:
-    __version__ = version("sessionstore")
-except PackageNotFoundError:  # run from a source tree that was not installed
-    __version__ = "0"
 
 __all__ = [
     "AgentSession",

@@ -42,6 +42,7 @@ class Attempts:
     is_write: bool
     began: float  # time.monotonic()
     may_have_run: bool = False  # True from the start for the repeat of a write
+    were_cut_off: bool = False  # another server may answer from now on
     _failed: int = 0
 
     def pause_after(self, error: Exception) -> float:
@@ -56,6 +57,7 @@ class Attempts:
         # than a transient failure is the server's: this attempt changed nothing.
         if is_transient(error):
             self.may_have_run |= self.deadline is None or not surely_not_run(error)
+            self.were_cut_off = True
         self._failed += 1
         pause = random.uniform(0, min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**self._failed))
         time_left = (self.deadline or 0) * ATTEMPTS_SHARE - (time.monotonic() - self.began)

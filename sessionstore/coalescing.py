@@ -9,9 +9,10 @@ and sent together. A call that is alone goes alone, at once.
     many tasks    call call call … ─ end of the turn ─ one pipeline ─ replies → call call call …
 
 What stays each call's own: its reply or error; its attempts, for after a failure of the connection
-each call is sent again by itself, and gathered again; and its end, for a caller that is cancelled
-disturbs nobody. Cancelled before it was sent, its write does not happen; afterwards it happens
-once, or not at all if it has not reached the server.
+each call is sent again by itself, and gathered again; its deadline, for those that wait to be sent
+are told when the server does not answer; and its end, for a caller that is cancelled disturbs
+nobody. Cancelled before it was sent, its write does not happen; afterwards it happens once, or not
+at all if it has not reached the server.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from functools import partial
 from typing import Any, TypeAlias, cast
 
 from redis.exceptions import ConnectionError, NoScriptError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from sessionstore.errors import own_copy
 from sessionstore.pipelining import Command
@@ -64,6 +66,7 @@ class Coalescer:
         execute: redis-py's ``execute_command``.
         together: sends several in one pipeline; for each its reply, or its error.
         connections: the most that the client's pool gives out before it raises; None: it waits.
+        have_deadline: whether the calls are sent again until a deadline.
     """
 
     def __init__(
@@ -71,8 +74,10 @@ class Coalescer:
         execute: Callable[..., Awaitable[Any]],
         together: Callable[[Sequence[Command]], Awaitable[list[Any]]],
         connections: int | None = None,
+        have_deadline: Callable[[], bool] = lambda: False,
     ) -> None:
         self._execute, self._together = execute, together
+        self._have_deadline = have_deadline
         self._alone: asyncio.Semaphore | None = None
         self._most_on_their_way = MOST_ON_THEIR_WAY
         if connections is not None:  # one of them may be taken by what brings news
@@ -106,6 +111,9 @@ class Coalescer:
             return await self._execute(*command.evalsha)
         except NoScriptError:
             return await self._execute(*command.eval)
+        except RedisTimeoutError:
+            self._turn_away()
+            raise
         finally:
             self._has_come_back()
 
@@ -165,6 +173,8 @@ class Coalescer:
         except Exception as error:
             # One each: what is added to it further up is that caller's alone.
             replies = [own_copy(error) for _ in gathered]
+            if isinstance(error, RedisTimeoutError):
+                self._turn_away()
         for (*_, future), reply in zip(gathered, replies, strict=True):
             if future.done():  # cancelled meanwhile
                 continue
@@ -173,6 +183,22 @@ class Coalescer:
             else:
                 future.set_result(reply)
         self._has_come_back()  # last: callers that are woken now are gathered before more is sent
+
+    def _turn_away(self) -> None:
+        """The server does not answer: let each that waits see whether it has time to try again.
+
+        They would wait for one timeout after another: of 2,000 calls to a stopped server half came
+        back after one and a half deadlines, or later. Without a deadline each has but one attempt,
+        and waits for it.
+        """
+        if not self._have_deadline():
+            return
+        while self._waiting:
+            *_, future = self._waiting.popleft()
+            if not future.done():
+                future.set_exception(
+                    ConnectionError("No connection available: the server does not answer")
+                )
 
     def _has_ended(self, gathered: list[_Waiting], pipeline: asyncio.Task[None]) -> None:
         self._pipelines.discard(pipeline)

@@ -104,8 +104,8 @@ _WORDS: dict[ProblemKind, _Words] = {
         mendable=False,
     ),
     "unknown_key": _Words(
-        "a key that is not the store's",
-        "nothing: it may be somebody's",
+        "a key that this version of the store does not know",
+        "nothing: it may be a later version's, or somebody's",
         mendable=False,
         warning=True,
     ),
@@ -216,10 +216,10 @@ class Doctor:
         match place.walk:
             case "server":
                 return stepwise(self._server(), self._begin)
+            case _ if place.large:  # of the last page of keys too, before the sums
+                return stepwise(self._members(place), lambda r: self._walk_members(place, r))
             case "sums":
                 return stepwise(drift_of(self.keyspace), self._end)
-            case _ if place.large:
-                return stepwise(self._members(place), lambda r: self._walk_members(place, r))
             case _:
                 return stepwise(self._scan(place), lambda reply: self._walk_keys(place, reply))
 
@@ -319,10 +319,11 @@ class Doctor:
         problems: list[Problem] = []
         indexes: dict[Plain, list[Plain]] = {}
         for prefix, rest, kind, wrong in keys:
-            if prefix not in self._partitions and not self._is_layout(prefix, rest):
-                problems += self._elsewhere(prefix, rest)
-            elif wrong == "unknown_key":
+            is_ours = prefix in self._partitions or _shown(prefix) == self._beside.prefix
+            if wrong == "unknown_key" and is_ours:
                 problems.append(self._finding(prefix, "unknown_key", rest, kind))
+            elif prefix not in self._partitions and not self._is_layout(prefix, rest):
+                problems += self._elsewhere(prefix, rest)
             elif wrong:
                 problems += yield from self._wrong_key(prefix, rest, kind, wrong)
             if prefix in self._partitions and wrong in ("", "expiry") and kind != "hash":

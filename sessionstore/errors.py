@@ -220,7 +220,11 @@ class ImportConflictError(SessionStoreError, code="IMPORT_CONFLICT"):
 
 
 class SchemaMismatchError(SessionStoreError, code="SCHEMA_MISMATCH"):
-    """The namespace was laid out by another version of the library, or with other settings."""
+    """The namespace has another schema than this version knows, or another number of partitions.
+
+    The message says which, which version wrote it if that is known, and what to do. Nothing was
+    written.
+    """
 
 
 class UnsafeServerError(SessionStoreError, code="UNSAFE_SERVER"):

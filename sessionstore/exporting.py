@@ -1,6 +1,6 @@
 """Exports: the sessions of a namespace as lines of JSON, exactly as they are stored.
 
-    {"sessionstore": "export", "format": 1, "schema": "1", "namespace": "agents", …}
+    {"sessionstore": "export", "format": 1, "schema": "1", "written_by": "0.1.0", …}
     {"session": "agent_claude_…", "fields": {…}, "created_us": …, "activity_us": …, "ended_us": …}
     {"output": ["…", "…"], "at": 0}
     {"output": ["…"], "at": 1000}
@@ -17,6 +17,9 @@ deleted while its buffers were read) and ``unreadable`` with a ``reason``.
 Text is a string, bytes that are no UTF-8 are ``{"base64": "…"}``. All lines are ASCII: whatever
 agents have written, no terminal is harmed. The partitions follow each other, each in the order of
 creation. Nothing is kept in the server, and no page is larger than 1 MiB or one entry.
+
+A later version may add names to a line, and counts to the last one: who does not know them passes
+over them. Another kind of line raises the format.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from typing import Any
 
 from sessionstore import codec
 from sessionstore._call import Call, Feed, Page, Request, then
+from sessionstore._version import __version__
 from sessionstore.keys import Keys
 from sessionstore.listing import PAGE_BYTES, Filters
 from sessionstore.opening import SCHEMA_VERSION
@@ -327,6 +331,7 @@ class Export:
                 "sessionstore": "export",
                 "format": FORMAT,
                 "schema": SCHEMA_VERSION,
+                "written_by": __version__,
                 "namespace": self.namespace,
                 "partitions": self.number_of_partitions,
                 "exported_at": codec.moment(time).isoformat().replace("+00:00", "Z"),

@@ -24,6 +24,7 @@ from uuid import uuid4
 from sessionstore import arguments as check
 from sessionstore import codec
 from sessionstore._call import Call, Steps
+from sessionstore._version import __version__
 from sessionstore.errors import (
     PASSING,
     ImportConflictError,
@@ -35,7 +36,7 @@ from sessionstore.exporting import BUFFERS, COUNTS, FORMAT, Row, one_row, piece
 from sessionstore.incoming import OF_LEASES, Head, InvalidLineError, listed, stored_bytes, whole
 from sessionstore.keys import Keys, Keyspace
 from sessionstore.models import ENDED_STATUSES, Imported
-from sessionstore.opening import SCHEMA_VERSION
+from sessionstore.opening import SCHEMA_VERSION, by
 from sessionstore.settings import StoreSettings
 
 logger = logging.getLogger("sessionstore")
@@ -45,6 +46,12 @@ Existing = Literal["error", "skip", "replace"]
 MOST_AT_ONCE = 1024 * 1024  # bytes of entries in one script
 MOST_TOLD = 1000  # ids in the result
 ENTRY_OVERHEAD = 16  # bytes, as in append.lua
+
+#: What exports are read. Those of earlier schemas are how their sessions come into this one.
+_KNOWN: dict[str, Sequence[Any]] = {
+    "format": [FORMAT],
+    "schema": [str(number) for number in range(1, int(SCHEMA_VERSION) + 1)],
+}
 
 #: After these a session is yet to be stored, now or by the next import.
 _KEEPING_WHAT_IS_STAGED: tuple[type[Exception], ...] = (SessionExistsError, *PASSING)
@@ -222,18 +229,22 @@ class Import:
     def _begin(self, told: dict[str, Any]) -> None:
         if told.get("sessionstore") != "export":
             raise InvalidLineError("this is no export of sessionstore")
-        for name, ours in (("format", FORMAT), ("schema", SCHEMA_VERSION)):
-            if told.get(name) != ours:
+        for name, known in _KNOWN.items():
+            if told.get(name) not in known:
                 raise InvalidLineError(
-                    f"the export has {name} {told.get(name)!r:.20}, this version of sessionstore "
-                    f"reads {ours!r}: use the version that made it, or a newer one"
+                    f"the export has {name} {told.get(name)!r:.20}{by(told.get('written_by'))}, "
+                    f"this is sessionstore {__version__}, which knows {name} {known[-1]!r}: import "
+                    "it with the version that wrote it, or a newer one; nothing was written"
                 )
         self._is_begun = True
 
     def _end(self, told: dict[str, Any]) -> None:
         if self._session is not None:
             raise InvalidLineError(f"session {self._session.id!r} has no end")
-        if told["total"] != self._seen:
+        total = told["total"]
+        if isinstance(total, dict):  # a later version may count more
+            total = {name: n for name, n in cast("Any", total).items() if name in COUNTS}
+        if total != self._seen:
             raise InvalidLineError(
                 f"lines are missing or doubled: the export says it has {told['total']!r:.200}, and "
                 f"there were {self._seen!r}"

@@ -53,6 +53,11 @@ _IN_ONE_TURN = 32  # messages, before others on the event loop have theirs
 READERS = 2  # followers of one store that read at the same time
 
 
+def _no_turn() -> ConnectionError:
+    """What a follower is told that would wait too long for those before it."""
+    return ConnectionError("No connection available: those who follow wait for the server")
+
+
 class Listener:
     """One follower: what it listens to, how far it has come, and what wakes it.
 
@@ -240,15 +245,30 @@ class ThreadNews(News):
     def start_afresh(self) -> None:
         super().start_afresh()
         self._thread: threading.Thread | None = None
-        #: Held while a follower reads: hundreds of them need no more connections.
-        self.reading = threading.BoundedSemaphore(READERS)
+        self._readers = threading.BoundedSemaphore(READERS)
 
     def end(self) -> None:
         self._thread = None
 
     @contextmanager
-    def listening(self, channels: Sequence[str]) -> Generator[Listener]:
-        """A follower of these channels."""
+    def turn(self, by: float | None) -> Generator[None]:
+        """While a follower reads: hundreds of them need no more connections than a few.
+
+        Raises:
+            redis.ConnectionError: its turn has not come by then (``time.monotonic()``).
+        """
+        patience = None if by is None else max(0.0, by - time.monotonic())
+        readers = self._readers
+        if not readers.acquire(timeout=patience):
+            raise _no_turn()
+        try:
+            yield
+        finally:
+            readers.release()
+
+    @contextmanager
+    def listening(self, channels: Sequence[str], may_speak_by: float | None) -> Generator[Listener]:
+        """A follower of these channels; until then it may wait to tell what reads for it."""
         listener = Listener(channels, threading.Event())
         is_untold = self.add(listener)
         try:
@@ -260,15 +280,15 @@ class ThreadNews(News):
                     )
                     self._thread.start()
             if is_running and is_untold:
-                self._speak()
+                self._speak(may_speak_by)
             yield listener
         finally:
             self.remove(listener)
 
-    def _speak(self) -> None:
+    def _speak(self, by: float | None = None) -> None:
         """Wake the thread that reads. Without the right to publish, it takes it a second longer."""
         try:
-            with self.reading:
+            with self.turn(by):
                 self._client.publish(self.control, "")
         except RedisError:
             self.was_not_sent()
@@ -315,37 +335,56 @@ if hasattr(os, "register_at_fork"):
 class TaskNews(News):
     """The news of an ``AsyncSessionStore``, read by a task while anybody listens.
 
-    ``publish`` sends a word to a channel.
+    ``publish`` sends a word to a channel, if its turn comes by a time.
     """
 
-    def __init__(self, client: Any, publish: Callable[[str], Awaitable[Any]], control: str) -> None:
+    def __init__(
+        self,
+        client: Any,
+        publish: Callable[[str, float | None], Awaitable[Any]],
+        control: str,
+    ) -> None:
         self._client, self._publish = client, publish
         super().__init__(control)
         self._task: asyncio.Task[None] | None = None
-        #: Held while a follower reads, unless many read in one pipeline.
-        self.reading = asyncio.BoundedSemaphore(READERS)
+        self._readers = asyncio.BoundedSemaphore(READERS)
 
     def end(self) -> None:
         self._task = None
 
     @asynccontextmanager
-    async def listening(self, channels: Sequence[str]) -> AsyncGenerator[Listener]:
-        """A follower of these channels."""
+    async def turn(self, by: float | None) -> AsyncGenerator[None]:
+        """While a follower reads, unless many read in one pipeline; see ``ThreadNews``."""
+        try:
+            async with asyncio.timeout(None if by is None else max(0.0, by - time.monotonic())):
+                await self._readers.acquire()
+        except TimeoutError:
+            raise _no_turn() from None
+        try:
+            yield
+        finally:
+            self._readers.release()
+
+    @asynccontextmanager
+    async def listening(
+        self, channels: Sequence[str], may_speak_by: float | None
+    ) -> AsyncGenerator[Listener]:
+        """A follower of these channels; see ``ThreadNews``."""
         listener = Listener(channels, asyncio.Event())
         is_untold = self.add(listener)
         try:
             if self._task is None or self._task.done():
                 self._task = asyncio.create_task(self._run(), name="sessionstore-news")
             elif is_untold:
-                await self._speak()
+                await self._speak(may_speak_by)
             yield listener
         finally:
             self.remove(listener)
 
-    async def _speak(self) -> None:
+    async def _speak(self, by: float | None = None) -> None:
         """Wake the task that reads; see ``ThreadNews``."""
         try:
-            await self._publish(self.control)
+            await self._publish(self.control, by)
         except RedisError:
             self.was_not_sent()
 

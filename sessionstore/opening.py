@@ -1,24 +1,29 @@
-"""What a store looks at once, before its first call: the namespace's layout and the server.
+"""What a store looks at before its first call: the namespace's layout and the server.
 
-Both come in one round trip. A newer layout is not touched, and a server that may evict any key is
+Both come in one round trip, and are looked at again when a connection has failed: another server
+may answer from then on. Another schema is not touched, and a server that may evict any key is
 refused: measured under ``allkeys-lru``, 260 sessions lost an index and 2,205 index entries their
 session.
+
+The schema says what may be in the keys, and what workers of any version may rely on. It changes
+with none of what older workers pass over: another hash field, key, event, or field of ``meta``
+(README, "Rolling deploy"). A namespace keeps the schema that it was laid out with.
 """
 
 from __future__ import annotations
 
-import logging
+import re
 from collections.abc import Mapping
 from typing import Any, cast
 
 from sessionstore import codec
 from sessionstore._call import Call
+from sessionstore._version import __version__
 from sessionstore.errors import SchemaMismatchError, UnsafeServerError
 from sessionstore.keys import Keyspace
 from sessionstore.settings import StoreSettings
 
-logger = logging.getLogger("sessionstore")
-
+#: Of exports too: whoever raises it sees to it that those of every lower one can be imported.
 SCHEMA_VERSION = "1"
 
 #: The command beside the script: what the server says of its memory.
@@ -26,7 +31,11 @@ INFO = ("INFO", "memory")
 
 
 def _layout(settings: StoreSettings) -> dict[str, str]:
-    return {"schema": SCHEMA_VERSION, "partitions": str(settings.partitions)}
+    return {
+        "schema": SCHEMA_VERSION,
+        "partitions": str(settings.partitions),
+        "written_by": __version__,  # for who is refused: which version to upgrade to
+    }
 
 
 def open_store(keyspace: Keyspace, settings: StoreSettings) -> Call[None]:
@@ -37,12 +46,6 @@ def open_store(keyspace: Keyspace, settings: StoreSettings) -> Call[None]:
         args=[part for pair in _layout(settings).items() for part in pair],
         decode=lambda _: None,  # check_layout looks at it
     )
-
-
-_REMEDY = {
-    "schema": "use the version of sessionstore that made it",
-    "partitions": "set the same number of partitions",
-}
 
 
 def check_layout(reply: Any, settings: StoreSettings) -> None:
@@ -57,36 +60,63 @@ def check_layout(reply: Any, settings: StoreSettings) -> None:
 
 
 def other_layout(found: Mapping[str, str], settings: StoreSettings) -> str:
-    """What is different in a namespace's layout, and what to do; empty if nothing is."""
-    for name, ours in _layout(settings).items():
-        if found.get(name) != ours:
-            return (
-                f"namespace {settings.namespace!r} has {name} {found.get(name)!r}, this store "
-                f"has {ours!r}: {_REMEDY[name]}, or use another namespace"
-            )
+    """What is different in a namespace's layout, and what to do; empty if nothing is.
+
+    Fields of ``meta`` that this version does not know make no difference.
+    """
+    name, schema, partitions = settings.namespace, found.get("schema"), found.get("partitions")
+    if schema != SCHEMA_VERSION:
+        return (
+            f"namespace {name!r} has schema {schema!r:.20}{by(found.get('written_by'))}, this is "
+            f"sessionstore {__version__}, which knows schema {SCHEMA_VERSION!r}: "
+            f"{_remedy(schema)}; nothing was written"
+        )
+    if partitions != str(settings.partitions):
+        return (
+            f"namespace {name!r} has partitions {partitions!r:.20}, this store has "
+            f"'{settings.partitions}': set the same number of partitions, or use another "
+            "namespace; nothing was written"
+        )
     return ""
 
 
-def check_server(info: Any, settings: StoreSettings) -> None:
-    """Refuse a server that evicts, warn of one that does not tell.
+def by(written_by: object) -> str:
+    """Which version wrote something, in a sentence; empty if that is not known."""
+    is_version = isinstance(written_by, str) and re.fullmatch("[0-9A-Za-z.+!]{1,40}", written_by)
+    return f", written by sessionstore {written_by}" if is_version else ""
+
+
+def _remedy(schema: str | None) -> str:
+    if schema is None or not re.fullmatch("[1-9][0-9]{0,8}", schema):
+        return "it is somebody else's, or damaged; use another namespace"
+    if int(schema) > int(SCHEMA_VERSION):
+        return "upgrade this worker to the version that wrote it, or a newer one"
+    return (
+        "use the version that wrote it, or move its sessions: export them with that version, "
+        "import them with this one into another namespace"
+    )
+
+
+def check_server(info: Any, settings: StoreSettings) -> str:
+    """Refuse a server that evicts; what to warn of, one that does not tell, or nothing.
 
     Raises:
         UnsafeServerError: the server may evict any key when its memory is full.
     """
     if not isinstance(info, Mapping):
-        logger.warning("INFO is not available here: cannot tell whether the server evicts keys")
-        return
+        return "INFO is not available here: cannot tell whether the server evicts keys"
     memory: Mapping[str, Any] = cast("Any", info)
     policy = str(memory.get("maxmemory_policy", ""))
     if not int(memory.get("maxmemory", 0)):
-        return
+        return ""
     if policy.startswith("allkeys-") and not settings.allow_eviction:
         raise UnsafeServerError(
             f"the server evicts any key when its memory is full (maxmemory-policy {policy}), "
             "which would tear sessions apart: set it to noeviction, or pass allow_eviction=True"
         )
     if policy.startswith("volatile-"):
-        logger.warning(
-            "maxmemory-policy %s may evict what protects writes from being applied twice: "
-            "noeviction is safer", policy,
-        )  # fmt: skip
+        return (
+            f"maxmemory-policy {policy} may evict what protects writes from being applied twice: "
+            "noeviction is safer"
+        )
+    return ""

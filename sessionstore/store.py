@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import logging
 import time
 from collections.abc import (
     AsyncIterable,
@@ -47,7 +48,7 @@ from sessionstore._call import (
     Together,
 )
 from sessionstore._operation import AsyncExecutor, SyncExecutor
-from sessionstore.attempts import Attempts
+from sessionstore.attempts import ATTEMPTS_SHARE, POOL_WAIT_SHARE, Attempts
 from sessionstore.batch import AsyncBatch, Batch, Sender
 from sessionstore.coalescing import LARGE_REPLIES, Coalescer
 from sessionstore.errors import (
@@ -76,6 +77,8 @@ from sessionstore.pipelining import (
 from sessionstore.scripts import load
 from sessionstore.settings import SettingsArguments, StoreSettings
 from sessionstore.writer import AsyncWriter, Writer
+
+logger = logging.getLogger("sessionstore")
 
 T = TypeVar("T")
 C = TypeVar("C")
@@ -111,6 +114,7 @@ class _Store(SessionOperations):
         self._own_client = own_client
         self._lanes = Lanes()
         self._checked = False
+        self._warned_of = ""
         self._may_load_scripts = True
         self._closed = False
 
@@ -136,6 +140,10 @@ class _Store(SessionOperations):
                 return attempts
         deadline = self.settings.deadline if self._own_client else None
         return Attempts(what, deadline, is_write, began, may_have_run=is_repeat)
+
+    def _turn_by(self, began: float, share: float = ATTEMPTS_SHARE) -> float | None:
+        """Until when a call may wait for its turn, by default as long as attempts may begin."""
+        return began + self.settings.deadline * share if self._own_client else None
 
     def _sender(self) -> Sender:
         """What a batch needs."""
@@ -204,7 +212,10 @@ class _Store(SessionOperations):
         if isinstance(meta, ResponseError):
             raise meta
         opening.check_layout(meta, self.settings)
-        opening.check_server(info, self.settings)
+        warning = opening.check_server(info, self.settings)
+        if warning and warning != self._warned_of:  # once, however often connections fail
+            logger.warning(warning)
+        self._warned_of = warning
         self._checked = True
 
 
@@ -423,12 +434,13 @@ class SessionStore(_Store, SyncExecutor):
 
     def follow(self, feed: Live[T, C]) -> Iterator[T]:
         """Give a feed's items, and wait for news of more."""
-        cursor = feed.first
-        with self._news.listening(feed.channels) as listener:
+        cursor, began = feed.first, time.monotonic()
+        may_speak_by = self._turn_by(began, POOL_WAIT_SHARE)
+        with self._news.listening(feed.channels, may_speak_by) as listener:
             while True:
                 listener.signal.clear()  # before reading: what comes from now on wakes it
-                with self._news.reading:
-                    page = self.execute(feed.page(cursor))
+                with self._news.turn(self._turn_by(began)):
+                    page = self._carry_out(feed.page(cursor), None, began=began)
                 yield from page.items
                 if page.cursor is None:
                     return
@@ -436,16 +448,26 @@ class SessionStore(_Store, SyncExecutor):
                 listener.reached = feed.reached(cursor)
                 if not page.items:
                     listener.signal.wait(self._news.patience(listener))
+                began = time.monotonic()
 
-    def _carry_out(self, request: Request[T], lane: Lane | None, *, is_repeat: bool = False) -> T:
+    def _carry_out(
+        self,
+        request: Request[T],
+        lane: Lane | None,
+        *,
+        is_repeat: bool = False,
+        began: float | None = None,
+    ) -> T:
         """Send a request until it is answered, and then those that follow from it."""
         while True:
-            began, attempts = time.monotonic(), None
+            began, attempts = began or time.monotonic(), None
+            may_have_run = is_repeat  # then it is not refused for what is found afterwards
             try:
                 while True:
                     try:
-                        if not self._checked and self._must_open(request):
+                        if not self._checked and self._must_open(request) and not may_have_run:
                             self._open()
+                        may_have_run = True
                         reply = self._send(request, lane)
                         break
                     except RedisError as error:
@@ -455,12 +477,15 @@ class SessionStore(_Store, SyncExecutor):
                 if lane is not None:
                     self._settle(error, request, lane, is_repeat=is_repeat)
                 raise
+            finally:
+                if attempts is not None and attempts.were_cut_off:
+                    self._checked = False  # another server may answer the next call
             if lane is not None:
                 self._lanes.give_back(lane)
             result = request.decode(reply)
             if not isinstance(result, REQUESTS):
                 return result
-            request, is_repeat = cast("Request[T]", result), False
+            request, is_repeat, began = cast("Request[T]", result), False, None
             lane = None if request.lane is None else self._lanes.take()
 
     def _send(self, request: Request[Any], lane: Lane | None) -> Any:
@@ -581,6 +606,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
                 self._execute if self._in_bytes else self._client.execute_command,
                 lambda several: self._send_pipeline(Rounds(several)),
                 connecting.connections_of(self._client),
+                lambda: self._own_client,
             )
             if loaded.coalesce and not isinstance(client, redis.asyncio.RedisCluster)
             else None
@@ -724,12 +750,14 @@ class AsyncSessionStore(_Store, AsyncExecutor):
 
     async def follow(self, feed: Live[T, C]) -> AsyncIterator[T]:
         """Give a feed's items, and wait for news of more."""
-        cursor = feed.first
-        async with self._news.listening(feed.channels) as listener:
+        self._refuse_other_loop()
+        cursor, began = feed.first, time.monotonic()
+        may_speak_by = self._turn_by(began, POOL_WAIT_SHARE)
+        async with self._news.listening(feed.channels, may_speak_by) as listener:
             while True:
                 listener.signal.clear()  # before reading: what comes from now on wakes it
-                async with self._reading():
-                    page = await self.execute(feed.page(cursor))
+                async with self._reading(began):
+                    page = await self._carry_out(feed.page(cursor), None, began=began)
                 for item in page.items:
                     yield item
                 if page.cursor is None:
@@ -740,22 +768,32 @@ class AsyncSessionStore(_Store, AsyncExecutor):
                     with suppress(TimeoutError):
                         async with asyncio.timeout(self._news.patience(listener)):
                             await listener.signal.wait()
+                began = time.monotonic()
 
-    def _reading(self) -> AbstractAsyncContextManager[Any]:
+    def _reading(self, began: float) -> AbstractAsyncContextManager[Any]:
         """Hundreds of followers need no more connections than a few."""
-        return self._news.reading if self._coalescing is None else nullcontext()
+        if self._coalescing is not None:
+            return nullcontext()
+        return self._news.turn(self._turn_by(began))
 
     async def _carry_out(
-        self, request: Request[T], lane: Lane | None, *, is_repeat: bool = False
+        self,
+        request: Request[T],
+        lane: Lane | None,
+        *,
+        is_repeat: bool = False,
+        began: float | None = None,
     ) -> T:
         """Send a request until it is answered, and then those that follow from it."""
         while True:
-            began, attempts = time.monotonic(), None
+            began, attempts = began or time.monotonic(), None
+            may_have_run = is_repeat  # then it is not refused for what is found afterwards
             try:
                 while True:
                     try:
-                        if not self._checked and self._must_open(request):
+                        if not self._checked and self._must_open(request) and not may_have_run:
                             await self._open_together()
+                        may_have_run = True
                         reply = await self._send(request, lane)
                         break
                     except RedisError as error:
@@ -765,12 +803,15 @@ class AsyncSessionStore(_Store, AsyncExecutor):
                 if lane is not None:
                     self._settle(error, request, lane, is_repeat=is_repeat)
                 raise
+            finally:
+                if attempts is not None and attempts.were_cut_off:
+                    self._checked = False  # another server may answer the next call
             if lane is not None:
                 self._lanes.give_back(lane)
             result = request.decode(reply)
             if not isinstance(result, REQUESTS):
                 return result
-            request, is_repeat = cast("Request[T]", result), False
+            request, is_repeat, began = cast("Request[T]", result), False, None
             lane = None if request.lane is None else self._lanes.take()
 
     def _send(self, request: Request[Any], lane: Lane | None) -> Awaitable[Any]:
@@ -826,12 +867,12 @@ class AsyncSessionStore(_Store, AsyncExecutor):
                     rounds.take(replies)
         return rounds.replies
 
-    async def _publish(self, channel: str) -> None:
+    async def _publish(self, channel: str, by: float | None) -> None:
         """A word to oneself; it takes no more connections than those who follow."""
         if self._coalescing is not None:
             await self._coalescing.send(Command(None, (b"PUBLISH", channel.encode(), b"")))
         else:
-            async with self._news.reading:
+            async with self._news.turn(by):
                 await self._client.publish(channel, "")
 
     async def _open_together(self) -> None:

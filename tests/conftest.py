@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
@@ -59,6 +60,7 @@ WORLDS = [
     *(f"{style}-{target}-16" for target in SERVERS for style in STYLES),
 ]
 EVERY_SERVER = "--every-server"
+SERVER_FIXTURES = ("server", "own_server")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -75,32 +77,48 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Let the servers take turns: each test on one of them, unless every one is asked for.
 
     What a store does with a reply, and how it spreads keys, is this side's. So a contract test runs
-    on fakeredis in both styles, on one server in one style, and with 16 partitions on the next
-    server in the other.
+    on fakeredis and on one server, in different styles, and with 16 partitions on the next server.
     """
     every, asked = config.getoption(EVERY_SERVER), config.getoption(programme.ATTACK)
+    offered: dict[tuple[Any, ...], dict[Any, None]] = {}
+    for item in items:
+        for name, value in _params(item).items():
+            if isinstance(value, str):
+                offered.setdefault((item.path, _name(item), name), {})[value] = None
+
+    def has_its_turn(item: Any) -> bool:
+        turn = crc32(f"{item.path.name}::{_name(item)}".encode())
+        for name, value in _params(item).items():
+            choice = list(offered.get((item.path, _name(item), name), ()))
+            if name in SERVER_FIXTURES and value != choice[turn % len(choice)]:
+                return False
+            if choice == WORLDS and value not in _worlds_of(turn):
+                return False
+        return True
+
     turns = [
-        (item, (every or _has_its_turn(item)) and programme.is_asked_for(item, asked))
+        (item, (every or has_its_turn(item)) and programme.is_asked_for(item, asked))
         for item in items
     ]
     config.hook.pytest_deselected(items=[item for item, has_turn in turns if not has_turn])
     items[:] = [item for item, has_turn in turns if has_turn]
 
 
-def _has_its_turn(item: Any) -> bool:
-    chosen = getattr(getattr(item, "callspec", None), "params", {})
-    turn = crc32(f"{item.path.name}::{item.originalname}".encode())
+def _name(item: Any) -> str:
+    return item.originalname or item.name
+
+
+def _params(item: Any) -> dict[str, Any]:
+    return getattr(getattr(item, "callspec", None), "params", {})
+
+
+def _worlds_of(turn: int) -> tuple[str, str, str]:
     server, style = turn % len(SERVERS), turn // len(SERVERS) % 2
-    for name in ("server", "own_server"):
-        if name in chosen and chosen[name] != SERVERS[server]:
-            return False
-    world = chosen.get("world")
-    if world not in WORLDS or FAKEREDIS in world:
-        return True
     following = SERVERS[(server + 1) % len(SERVERS)]
-    return world in (
-        f"{STYLES[style]}-{SERVERS[server]}",
-        f"{STYLES[1 - style]}-{following}-16",
+    return (
+        f"{STYLES[style]}-{FAKEREDIS}",
+        f"{STYLES[1 - style]}-{SERVERS[server]}",
+        f"{STYLES[style]}-{following}-16",
     )
 
 
@@ -118,6 +136,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_sessionstart() -> None:
+    # A shell has its background jobs ignore interrupts, and some tests send themselves one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     missing = {"redis", "valkey"} - set(PROGRAMS)
     if os.environ.get("CI") and missing:
         pytest.exit(f"CI must test on every server; missing: {', '.join(sorted(missing))}", 1)
@@ -148,8 +168,13 @@ def server(request: pytest.FixtureRequest, running: Callable[[str], PrivateServe
 
 @pytest.fixture(params=SERVERS)
 def own_server(request: pytest.FixtureRequest) -> Iterator[PrivateServer]:
-    """Each real server in turn, started for this test alone: to be killed, stopped, filled."""
-    with PrivateServer(PROGRAMS[request.param], ("--appendonly", "yes")) as started:
+    """Each real server in turn, started for this test alone: to be killed, stopped, filled.
+
+    When it answers, its kernel has the write, so a kill loses nothing. That is not so with the
+    usual ``everysec``: while a slow disk is syncing, the server puts off writing at all.
+    """
+    arguments = ("--appendonly", "yes", "--appendfsync", "no")
+    with PrivateServer(PROGRAMS[request.param], arguments) as started:
         yield started
 
 

@@ -8,12 +8,13 @@ command that it harmed, so that a test can deliver it to the server once more, a
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -43,6 +44,20 @@ class Fault(Enum):
 AFTER_THE_COMMAND = frozenset(
     {Fault.LOSE_REPLY, Fault.CUT_REPLY, Fault.DELAY_REPLY, Fault.NEVER_REPLY}
 )
+#: The connection breaks, which a client sees at once.
+BREAKS = (Fault.LOSE_REQUEST, Fault.CUT_REQUEST, Fault.LOSE_REPLY, Fault.CUT_REPLY)
+#: Only the client's timeout tells.
+WAITS = (Fault.DELAY_REPLY, Fault.NEVER_REPLY)
+
+#: What so many faults of a kind are called where they are counted.
+COUNTED_AS = {
+    Fault.LOSE_REQUEST: "requests_lost",
+    Fault.CUT_REQUEST: "requests_cut",
+    Fault.LOSE_REPLY: "replies_lost",
+    Fault.CUT_REPLY: "replies_cut",
+    Fault.DELAY_REPLY: "replies_too_late",
+    Fault.NEVER_REPLY: "replies_that_never_came",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +79,32 @@ def seeded() -> random.Random:
     seed = int(os.environ.get("FAULT_SEED") or random.randrange(2**32))
     print(f"replay with FAULT_SEED={seed}")
     return random.Random(seed)
+
+
+def weather(rng: random.Random, faults: int, *, waits: float = 0.1) -> list[Fault]:
+    """So many faults of all kinds; ``waits``: the share of those that cost a timeout."""
+    waiting = round(faults * waits)
+    kinds = rng.choices(WAITS, k=waiting) + rng.choices(BREAKS, k=faults - waiting)
+    rng.shuffle(kinds)
+    return kinds
+
+
+def counted(injected: Mapping[Fault, int]) -> dict[str, int]:
+    """Faults by kind, as an attack tells them."""
+    return {COUNTED_AS[fault]: count for fault, count in injected.items()}
+
+
+def astray(stored: Sequence[str], written: Sequence[str]) -> int:
+    """How many of the different lines written are not stored, stored twice, or out of order."""
+    held, known = Counter(stored), set(written)
+    lost = sum(line not in held for line in written)
+    too_many = held.total() - len(known & held.keys())
+    place = {line: number for number, line in enumerate(written)}
+    places = [place[line] for line in dict.fromkeys(stored) if line in place]
+    displaced = sum(after < before for before, after in itertools.pairwise(places))
+    if wrong := lost + too_many + displaced:
+        print(f"{lost} lines lost, {too_many} too many, {displaced} out of order")
+    return wrong
 
 
 def shuffled(rng: random.Random, faults: Iterable[Fault], length: int) -> Iterator[Fault | None]:
@@ -345,9 +386,9 @@ def contents(client: redis.Redis, prefix: str) -> dict[bytes, bytes]:
         client: a client that answers in bytes.
         prefix: of the keys.
     """
-    found: dict[bytes, bytes] = {}
-    for key in client.scan_iter(f"{prefix}*", count=1000):
-        held: Any = client.dump(key)
-        if b":lane:" not in key and held is not None:
-            found[key] = held
-    return found
+    keys = [key for key in client.scan_iter(f"{prefix}*", count=1000) if b":lane:" not in key]
+    with client.pipeline(transaction=False) as pipe:
+        for key in keys:
+            pipe.dump(key)
+        held = zip(keys, pipe.execute(), strict=True)
+    return {key: value for key, value in held if value is not None}

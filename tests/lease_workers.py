@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 import redis
 
-LONGEST = 150  # seconds that a scenario, or a worker of one, may take
+LONGEST = 150  # seconds that a scenario, or a worker of one, may take, unless it is a long one
 
 
 def play(
@@ -33,6 +33,7 @@ def play(
     url: str,
     namespace: str,
     meanwhile: Callable[[Path], object] = lambda _: None,
+    longest: int = LONGEST,
     **parameters: Any,
 ) -> Any:
     """What a scenario returns, as JSON has it.
@@ -43,6 +44,7 @@ def play(
         namespace: of its stores.
         meanwhile: called here while it plays, with its working directory, a temporary one: for the
             files of workers and witnesses, and for telling each other how far things are.
+        longest: seconds that it may take, and each of its workers.
         parameters: of the scenario.
     """
     seed = os.environ.get("FAULT_SEED") or str(random.randrange(2**32))
@@ -53,7 +55,7 @@ def play(
         errors = Path(directory, "errors")
         with errors.open("wb") as stderr:
             process = subprocess.Popen(
-                [sys.executable, program, scenario.__name__, arguments],
+                [sys.executable, program, scenario.__name__, str(longest), arguments],
                 cwd=directory,
                 env=os.environ | {"FAULT_SEED": seed},
                 stdin=subprocess.DEVNULL,
@@ -64,7 +66,7 @@ def play(
         code = None
         try:
             meanwhile(Path(directory))
-            code = process.wait(LONGEST)
+            code = process.wait(longest)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -77,8 +79,8 @@ def play(
 
 def main(scenarios: dict[str, Any]) -> None:
     """Be the process of a scenario; ``scenarios`` are the globals of its file."""
-    _, name, arguments = sys.argv
-    signal.alarm(LONGEST)
+    _, name, longest, arguments = sys.argv
+    signal.alarm(int(longest))
     result = scenarios[name](**json.loads(arguments))
     Path("result").write_text(json.dumps(result))
 
@@ -102,7 +104,7 @@ def fork(work: Callable[[], object]) -> int:
 def _work_and_end(work: Callable[[], object]) -> NoReturn:
     code = 1
     try:
-        signal.alarm(LONGEST)
+        signal.alarm(int(sys.argv[2]))  # an alarm is not handed on to a child
         work()
         code = 0
     except BaseException:

@@ -55,19 +55,29 @@ class Attack:
     figures: Path | None = None
     has_told: bool = False
 
-    def tell(self, *, injected: int, wrong: int, **seen: int) -> None:
+    def tell(
+        self,
+        *,
+        injected: int,
+        wrong: int,
+        outcomes: Mapping[str, int] | None = None,
+        **seen: int,
+    ) -> None:
         """Say what came of it, once at the end of the test.
 
         Args:
             injected: faults that happened.
             wrong: how many times a promise was broken.
+            outcomes: how often each came up of those that all must come up often.
             seen: what else was counted: proof that the attack met something alive.
         """
         assert not self.has_told, "told once already"
         self.has_told = True
         print(f"{self.name}: {injected:,} injected, {wrong:,} wrong; {_listed(seen)}")
         if self.figures is not None:
-            counts = {"injected": injected, "wrong": wrong, "seen": seen}
+            counts = {
+                "injected": injected, "wrong": wrong, "seen": seen, "outcomes": dict(outcomes or {})
+            }  # fmt: skip
             line = {"attack": self.name, "test": self.test, "control": self.is_control, **counts}
             with self.figures.open("a", encoding="utf-8") as file:  # as other processes do
                 file.write(json.dumps(line) + "\n")

@@ -19,7 +19,8 @@ import pytest
 import redis
 from conftest import PROGRAMS, SERVERS, World
 from consistency import assert_consistent
-from faults import Fault, FaultyWorld, seeded, shuffled
+from faults import Fault, FaultyWorld, astray, counted, seeded, shuffled, weather
+from programme import Attack, controls, proves
 from redis.exceptions import OutOfMemoryError, ReadOnlyError
 from test_contract_batch import batch_of, created, together
 from test_exactly_once import unguarded
@@ -195,18 +196,18 @@ def test_a_user_who_may_not_load_scripts_has_batches_in_order(
 
 # ---- Replies and requests that get lost ----------------------------------------------------------
 
-BREAKS = (Fault.LOSE_REQUEST, Fault.CUT_REQUEST, Fault.LOSE_REPLY, Fault.CUT_REPLY)
 IN_A_BATCH = 40
 
 
-def batches_in_bad_weather(world: FaultyWorld) -> tuple[list[int], list[str]]:
-    """Batches of appends until every fault has struck; answers and stored lines."""
-    faults = BREAKS * 4
-    world.proxy.plan(shuffled(seeded(), faults, 900))
-    store = world.store()
+def batches_in_bad_weather(world: FaultyWorld, attack: Attack) -> None:
+    """Batches of appends until every fault has struck; tell what came of it."""
+    rng = seeded()
+    world.proxy.plan(shuffled(rng, weather(rng, attack.size, waits=0.0), 40 * attack.size))
+    store = world.store(buffer_limit=0, buffer_bytes=0)
     own = world.direct.create_session("claude", "service", "/src").id
     totals: list[int] = []
-    while world.proxy.injected.total() < len(faults):
+    late = 0
+    while world.proxy.injected.total() < attack.size:
         first = len(totals)
         outcomes = together(
             world, store,
@@ -215,25 +216,35 @@ def batches_in_bad_weather(world: FaultyWorld) -> tuple[list[int], list[str]]:
         totals += [one.result() for one in outcomes]
         for harmed in world.proxy.harmed[-3:]:  # and once more, as late as that
             world.proxy.deliver(harmed.request)
-    return totals, lines_of(world, own)
-
-
-def test_batches_at_random_faults_happen_once_and_in_order(world: FaultyWorld) -> None:
-    totals, lines = batches_in_bad_weather(world)
-    assert len(lines) >= 3 * IN_A_BATCH
-    assert totals == list(range(1, len(lines) + 1))
-    assert lines == [str(n) for n in range(len(lines))]
+            late += 1
+    assert len(totals) >= 3 * IN_A_BATCH
+    wrong = sum(total != number + 1 for number, total in enumerate(totals))
+    wrong += astray(lines_of(world, own), [str(n) for n in range(len(totals))])
     assert_consistent(world)
+    attack.tell(
+        injected=world.proxy.injected.total(),
+        wrong=wrong,
+        answers=len(totals),
+        late_duplicates=late,
+        **counted(world.proxy.injected),
+    )
 
 
+@proves("bad network", ordinary=16, full=500)
+def test_batches_at_random_faults_happen_once_and_in_order(
+    world: FaultyWorld, attack: Attack
+) -> None:
+    batches_in_bad_weather(world, attack)
+
+
+@controls("bad network", ordinary=16, full=100)
 def test_without_the_guard_batches_at_random_faults_happen_twice(
-    server: PrivateServer, monkeypatch: pytest.MonkeyPatch
+    server: PrivateServer, attack: Attack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control."""
     monkeypatch.setattr(sessionstore.pipelining, "load", unguarded)
     with faulty("sync", server) as world:
-        _, lines = batches_in_bad_weather(world)
-        assert len(lines) > len(set(lines))
+        batches_in_bad_weather(world, attack)
 
 
 @pytest.mark.parametrize("fault", [Fault.DELAY_REPLY, Fault.NEVER_REPLY], ids=lambda f: f.name)

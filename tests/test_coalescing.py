@@ -20,6 +20,7 @@ import redis.asyncio
 from conftest import World
 from consistency import assert_consistent
 from faults import Fault, FaultyWorld, seeded, shuffled
+from programme import Attack, controls, proves
 from sendings import noted_sendings
 
 from sessionstore import (
@@ -301,7 +302,6 @@ def test_a_cancelled_caller_disturbs_nobody(world: World, turns: int | None) -> 
 
 
 WORKERS = 60
-CANCELLED = 20_000
 
 
 class Stormy:
@@ -377,11 +377,13 @@ async def calmly(store: AsyncSessionStore, own: str) -> bool:
     return totals == [first + n for n in range(1, 4)]
 
 
-def test_in_a_storm_of_cancellations_every_reply_reaches_its_own_caller(world: World) -> None:
-    stormy, buffers = storm(world, CANCELLED)
-    assert stormy.wrong == 0
-    assert stormy.cancelled >= CANCELLED
-    assert stormy.answered > CANCELLED // 20
+@proves("cancellations", ordinary=10_000, full=200_000)
+def test_in_a_storm_of_cancellations_every_reply_reaches_its_own_caller(
+    world: World, attack: Attack
+) -> None:
+    stormy, buffers = storm(world, attack.size)
+    attack.tell(injected=stormy.cancelled, wrong=stormy.wrong, answered=stormy.answered)
+    assert stormy.answered > attack.size // 20
     for own, lines in buffers.items():
         assert len(lines) == len(set(lines)), "a write happened twice"
         acknowledged = set(stormy.acknowledged[own])
@@ -403,13 +405,13 @@ async def by_index(coalescer: Any, gathered: list[Any]) -> None:
     coalescer._has_come_back()
 
 
+@controls("cancellations", ordinary=1000)
 def test_replies_handed_out_by_index_reach_the_wrong_callers(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, monkeypatch: pytest.MonkeyPatch, attack: Attack
 ) -> None:
-    """The control."""
     monkeypatch.setattr(Coalescer, "_send_together", by_index)
-    stormy, _ = storm(world, 1000)
-    assert stormy.wrong > 0
+    stormy, _ = storm(world, attack.size)
+    attack.tell(injected=stormy.cancelled, wrong=stormy.wrong)
 
 
 def pipelines_of(store: AsyncSessionStore) -> set[asyncio.Task[None]]:

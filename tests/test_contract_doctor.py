@@ -333,6 +333,7 @@ def test_a_key_that_is_not_the_stores_is_told_and_left(world: World, store: Any)
     session = store.create_session("claude", "service-1", "/src")
     prefix = world.prefix_of(session.id)
     names = {f"{prefix}mine", f"{prefix}session:", f"{prefix}sessions:colour:red", f"{prefix}a b:c"}
+    names.add(world.meta.replace("meta", "beside"))  # with partitions, in none of them
     for name in names:
         world.redis.set(name, "x", ex=1000)
     told = {one.key: one for one in store.repair() if one.kind == "unknown_key"}
@@ -393,9 +394,8 @@ def test_a_lost_layout_is_written_again(world: World, store: Any, spoilt: bool) 
     assert everything(world) == before
     assert [(one.kind, one.repaired) for one in wrong(fresh.repair())] == [("layout_missing", True)]
     assert wrong(fresh.check()) == []
-    assert world.redis.hgetall(world.meta) == {
-        "schema": "1", "partitions": str(world.partitions)
-    }  # fmt: skip
+    layout = world.redis.hgetall(world.meta)
+    assert (layout["schema"], layout["partitions"]) == ("1", str(world.partitions))
     clear_quarantine(world)
     assert_consistent(world)
 
@@ -484,8 +484,12 @@ def test_a_large_buffer_is_weighed_in_pieces(
     assert_consistent(world)
 
 
-def test_many_sessions_are_walked_in_pages(ward: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sessionstore.doctor, "KEYS_A_PAGE", 50)
+@pytest.mark.parametrize("keys_a_page", [50, 100_000])
+def test_many_sessions_are_walked_in_pages(
+    ward: World, monkeypatch: pytest.MonkeyPatch, keys_a_page: int
+) -> None:
+    """Large indexes too, also those that come with the last page of keys."""
+    monkeypatch.setattr(sessionstore.doctor, "KEYS_A_PAGE", keys_a_page)
     monkeypatch.setattr(sessionstore.doctor, "MEMBERS_A_SCRIPT", 20)
     store = ward.store()
     ids = [store.create_session("claude", f"s{n % 3}", "/src", "task").id for n in range(400)]

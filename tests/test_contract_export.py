@@ -14,6 +14,7 @@ import sys
 import time
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,7 +23,8 @@ import pytest
 import redis
 from conftest import SERVERS
 from consistency import assert_consistent
-from faults import Fault, FaultyWorld, seeded, shuffled
+from faults import FaultyWorld, counted, seeded, shuffled, weather
+from programme import Attack, proves
 from rawkeys import RawKeys
 
 import sessionstore.exporting
@@ -40,7 +42,6 @@ from sessionstore import (
 from sessionstore._server import PrivateServer
 from sessionstore.testing import MemoryServer, async_memory_store, memory_store
 
-BREAKS = (Fault.LOSE_REQUEST, Fault.CUT_REQUEST, Fault.LOSE_REPLY, Fault.CUT_REPLY)
 LONG = 3600.0  # seconds: no lease is renewed in the background during a test
 HOSTILE = ["", "\x00\x1b[2J\u202e\u2028", "\ud7ff\U0001f600", '{"end": 1}\n', "\\ud800", "ä" * 5000]
 
@@ -329,7 +330,7 @@ def test_a_session_that_differs_is_never_overwritten_unasked(
     source = world.store()
     own = source.create_session("claude", "s", "/src").id
     source.add_output(own, *("z" * 100 for _ in range(size)))
-    other = source.create_session("claude", "s2", "/src").id
+    other = source.create_session("codex", "s2", "/src").id  # `own` is the last of its type
     lines = list(source.export_sessions())
     there = fresh(world.partitions)
     store = there.store()
@@ -397,6 +398,51 @@ def test_what_another_import_has_staged_is_not_taken_for_ones_own(
     there.store().import_sessions(lines)
     assert contents(there) == contents(world)
     assert_consistent(there)
+
+
+def test_a_session_whose_staged_parts_are_not_all_there_is_not_imported(
+    world: Any, fresh: Callable[..., Namespace]
+) -> None:
+    own = world.store().create_session("claude", "s", "/src").id
+    world.store().add_output(own, *("z" * 100 for _ in range(200)))
+    there, lines = fresh(), list(world.store().export_sessions())
+    staged = f"{there.prefix}import:{own}:output"
+
+    def losing() -> Iterator[str]:
+        for one in lines:
+            if '"end"' in one:
+                there.redis.rpop(staged)
+            yield one
+
+    with pytest.raises(ImportConflictError, match=own):
+        there.store().import_sessions(losing())
+    assert there.store().find_session(own) is None
+
+
+@pytest.mark.parametrize("what", ["a session that is there", "another import's part"])
+def test_no_part_is_staged_in_vain(world: Any, fresh: Callable[..., Namespace], what: str) -> None:
+    own = world.store().create_session("claude", "s", "/src").id
+    world.store().add_output(own, *("z" * 100 for _ in range(400)))
+    there, lines = fresh(), list(world.store().export_sessions())
+    staged = f"{there.prefix}import:{own}:output"
+    if what == "a session that is there":
+        there.store().import_sessions(lines)
+    lengths = []
+
+    def watched() -> Iterator[str]:
+        for one in lines:
+            yield one
+            lengths.append(there.redis.llen(staged))
+            if lengths[-1] and what == "another import's part":
+                there.redis.lset(staged, 0, "the token of another")
+
+    if what == "a session that is there":
+        assert there.store().import_sessions(watched()).unchanged == 1
+        assert max(lengths) == 0
+    else:
+        with pytest.raises(ImportConflictError, match=own):
+            there.store().import_sessions(watched())
+        assert len({length for length in lengths if length}) == 1
 
 
 # ---- A live namespace ---------------------------------------------------------------------------
@@ -649,26 +695,33 @@ def test_a_killed_import_leaves_whole_sessions_and_goes_on(
 
 
 @pytest.mark.parametrize("style", ["sync", "async"])
+@proves("bad network", ordinary=16, full=100)
 def test_an_import_on_a_bad_network_stores_each_session_once(
-    server: PrivateServer, style: str
+    server: PrivateServer, style: str, attack: Attack
 ) -> None:
+    rng, sessions = seeded(), 2 * attack.size
     with memory_store() as source:
-        for n in range(30):
+        for n in range(sessions):
             own = source.create_session("claude", f"s{n}", "/src").id
-            source.add_output(own, *("x" * 200 for _ in range(n + 1)))
+            source.add_output(own, *("x" * 200 for _ in range(n % 30 + 1)))
         lines = lines_of(source)
-    world = FaultyWorld(style, server)
-    try:
+    with closing(FaultyWorld(style, server)) as world:
         store = world.store()
         assert store.ping()
-        world.proxy.plan(shuffled(seeded(), tuple(BREAKS) * 4, 40))
-        assert store.import_sessions(lines) == Imported(imported=30)
-        assert len(world.proxy.harmed) >= 12
-        assert [event["event"] for event in world.events()] == ["imported"] * 30
-        assert lines_of(world.direct)[1:] == lines[1:]
+        world.proxy.plan(shuffled(rng, weather(rng, attack.size, waits=0.0), sessions))
+        wrong = int(store.import_sessions(lines) != Imported(imported=sessions))
+        for harmed in world.proxy.harmed:
+            world.proxy.deliver(harmed.request)
+        wrong += [event["event"] for event in world.events()] != ["imported"] * sessions
+        wrong += lines_of(world.direct)[1:] != lines[1:]
         assert_consistent(world)
-    finally:
-        world.close()
+        attack.tell(
+            injected=world.proxy.injected.total(),
+            wrong=wrong,
+            imported_sessions=sessions,
+            late_duplicates=len(world.proxy.harmed),
+            **counted(world.proxy.injected),
+        )
 
 
 def test_memory_does_not_grow_with_the_number_of_sessions(

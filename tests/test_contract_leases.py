@@ -28,6 +28,7 @@ from conftest import SERVERS, World, opened
 from consistency import assert_consistent, microseconds
 from faults import Fault, FaultyWorld
 from moments import abandon, everything, expire_lease, now_us
+from programme import Attack, controls, proves
 from rawkeys import RawKeys
 
 import sessionstore.pipelining
@@ -1188,8 +1189,6 @@ def test_leases_in_many_partitions_are_renewed(world: World, store: Any) -> None
 
 # ---- Nothing is left ----------------------------------------------------------------------------
 
-TURNS = 10_000
-
 
 def shape(world: World) -> dict[str, Any]:
     """Keys, fields and members, without what changes from write to write."""
@@ -1226,11 +1225,15 @@ def turns_leave(world: World, turns: int) -> dict[str, Any]:
     }
 
 
-def test_ten_thousand_claims_and_releases_leave_nothing_but_the_fence(real_sync: World) -> None:
-    assert turns_leave(real_sync, TURNS) == {}
+@proves("claims and releases", ordinary=1000, full=10_000)
+def test_claims_and_releases_leave_nothing_but_the_fence(real_sync: World, attack: Attack) -> None:
+    left = turns_leave(real_sync, attack.size)
+
     assert_consistent(real_sync)
+    attack.tell(injected=attack.size, wrong=len(left))
 
 
+@controls("claims and releases", ordinary=1)
 @pytest.mark.parametrize(
     "forgotten",
     [
@@ -1240,9 +1243,9 @@ def test_ten_thousand_claims_and_releases_leave_nothing_but_the_fence(real_sync:
     ],
 )
 def test_what_a_release_forgets_is_noticed(
-    real_sync: World, forgotten: str, monkeypatch: pytest.MonkeyPatch
+    real_sync: World, forgotten: str, monkeypatch: pytest.MonkeyPatch, attack: Attack
 ) -> None:
-    """The control: ``end_lease`` without one of its parts."""
+    """``end_lease`` without one of its parts."""
 
     def without(name: str) -> Script:
         text = load(name).text.replace(forgotten, "")
@@ -1251,7 +1254,7 @@ def test_what_a_release_forgets_is_noticed(
     assert without("update_status").text != load("update_status").text
     monkeypatch.setattr(sessionstore.pipelining, "load", without)
 
-    assert turns_leave(real_sync, 1) != {}
+    attack.tell(injected=1, wrong=len(turns_leave(real_sync, 1)))
 
 
 # ---- Processes ----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import pytest
 import redis
 import redis.asyncio
 from conftest import Awaiting
+from faults import Fault, FaultProxy
 
 from sessionstore import (
     AsyncSessionStore,
@@ -23,6 +24,7 @@ from sessionstore import (
     SessionStoreError,
     StoreSettings,
     UnsafeServerError,
+    __version__,
 )
 from sessionstore._server import PrivateServer
 
@@ -280,6 +282,7 @@ def test_the_first_call_stamps_the_layout(world: Any, store: Any) -> None:
     assert world.redis.hgetall(world.meta) == {
         "schema": "1",
         "partitions": str(world.partitions),
+        "written_by": __version__,
     }
 
 
@@ -291,7 +294,7 @@ def test_a_namespace_of_another_layout_is_not_touched(
 ) -> None:
     world.redis.hset(world.meta, mapping=meta)
     for _ in range(2):  # refused each time, not just the first
-        with pytest.raises(SchemaMismatchError, match="this store"):
+        with pytest.raises(SchemaMismatchError, match="nothing was written"):
             store.create_session("claude", "s", "/src")
         with pytest.raises(SchemaMismatchError):
             store.get_metrics()
@@ -337,6 +340,28 @@ def test_a_server_that_evicts_only_expiring_keys_is_warned_of(
     warnings = [r for r in caplog.records if r.name == "sessionstore"]
     assert [r.levelname for r in warnings] == ["WARNING"]
     assert "volatile-lru" in warnings[0].getMessage()
+
+
+def test_a_server_is_looked_at_again_when_a_connection_has_failed(
+    own_server: PrivateServer, from_url: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    def cut_off() -> int:
+        """A call whose connection fails; how many warnings there have been by the next."""
+        proxy.plan([Fault.LOSE_REQUEST])
+        store.update_activity(own)
+        store.get_metrics()
+        return len([r for r in caplog.records if r.levelname == "WARNING"])
+
+    with FaultProxy(own_server.port) as proxy:
+        store = from_url(proxy.url)
+        own = store.create_session("claude", "s", "/src").id
+        assert cut_off() == 0
+        _full(own_server, "volatile-lru")
+        assert [cut_off(), cut_off()] == [1, 1]  # said once
+        _full(own_server, "allkeys-lru")
+        with pytest.raises(UnsafeServerError, match="allkeys-lru"):
+            cut_off()
+        store.close()
 
 
 def test_a_policy_without_a_memory_limit_is_no_danger(

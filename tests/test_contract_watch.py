@@ -170,6 +170,20 @@ def test_what_others_have_written_to_the_stream_is_left_out(
     assert caplog.text.count("an event cannot be read") == 2
 
 
+def test_an_event_of_a_later_version_is_passed_on_as_far_as_it_is_known(
+    world: World, store: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    session_id = life(store)
+    fields = {"event": "renamed", "session_id": session_id, "type": "claude", "status": "paused"}
+    world.redis.xadd(f"{world.prefix_of(session_id)}events", fields | {"name": "blue"})
+
+    event = taken(store.watch(OLDEST), 7)[6]
+
+    assert {name: getattr(event, name) for name in fields} == fields
+    assert event.actor is event.owner is event.old_status is None
+    assert "cannot be read" not in caplog.text
+
+
 def test_a_cursor_of_another_number_of_partitions_is_refused(world: World, store: Any) -> None:
     life(store)
     cursor = taken(store.watch(OLDEST), 1)[0].cursor

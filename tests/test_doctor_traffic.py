@@ -16,11 +16,9 @@ from consistency import assert_consistent
 from corrupt import FAULTS, Patient
 from doctor_workers import at_work, naive, traffic, watcher
 from faults import seeded
+from programme import Attack, controls, proves
 
 from sessionstore._server import PrivateServer
-
-FAULTS_IN_ALL = 60  # each at least once
-SECONDS = 0.6  # of traffic on a healthy store
 
 
 def world_on(server: PrivateServer) -> World:
@@ -35,28 +33,38 @@ def until_there_are(world: World, sessions: int) -> None:
     world.until(lambda: world.redis.zcard(f"{world.prefix}sessions") >= sessions)
 
 
-def test_a_healthy_store_under_traffic_has_no_problems(server: PrivateServer) -> None:
+@proves("doctor", ordinary=0, full=0)
+def test_a_healthy_store_under_traffic_has_no_problems(
+    server: PrivateServer, attack: Attack
+) -> None:
     world, rng = world_on(server), seeded()
+    seconds = 60.0 if attack.in_full else 0.6
+    false: list[Any] = []
     store = world.store()
     try:
         with at_work(world.url or "", world.namespace, rng, traffic, traffic) as workers:
             until_there_are(world, 12)
             runs, began = 0, time.monotonic()
-            while time.monotonic() < began + SECONDS:
-                assert wrong(store.check()) == []
-                assert wrong(store.repair()) == []
-                runs += 1
+            while time.monotonic() < began + seconds:
+                false += [*wrong(store.check()), *wrong(store.repair())]
+                runs += 2
             done = [worker.end() for worker in workers]
-        assert runs >= 3
-        assert sum(sum(one.values()) for one in done) > 100
-        assert wrong(store.check()) == []
+        writes = sum(sum(one.values()) for one in done)
+        assert runs >= 6
+        assert writes > 100
+        false += wrong(store.check())
+        assert not false
         assert_consistent(world)
+        attack.tell(
+            injected=0, wrong=len(false), runs_on_a_healthy_store=runs, writes_meanwhile=writes
+        )
     finally:
         world.close()
 
 
+@controls("doctor", ordinary=1)
 def test_the_control_a_naive_repair_tears_healthy_sessions_apart(
-    running: Callable[[str], PrivateServer],
+    running: Callable[[str], PrivateServer], attack: Attack
 ) -> None:
     world, rng = world_on(running(SERVERS[0])), seeded()
     store = world.store()
@@ -69,14 +77,14 @@ def test_the_control_a_naive_repair_tears_healthy_sessions_apart(
             while not harmed and time.monotonic() < give_up:
                 harmed = wrong(store.check())
             repaired = workers.pop().end()
-        assert repaired["changed"] > 0, "it saw nothing to repair: too little traffic"
-        assert harmed, "removing on what was seen earlier did no harm"
+        attack.tell(injected=repaired["changed"], wrong=len(harmed))
     finally:
         world.close()
 
 
+@proves("doctor", ordinary=60, full=500)
 def test_faults_of_every_kind_under_traffic_are_mended_and_no_session_is_ever_missed(
-    server: PrivateServer,
+    server: PrivateServer, attack: Attack
 ) -> None:
     world, rng = world_on(server), seeded()
     store = world.store()
@@ -87,8 +95,8 @@ def test_faults_of_every_kind_under_traffic_are_mended_and_no_session_is_ever_mi
     try:
         with at_work(world.url or "", world.namespace, rng, traffic, watcher) as workers:
             until_there_are(world, 16)
-            give_up = time.monotonic() + 30
-            while sum(injected.values()) < FAULTS_IN_ALL or not all(injected.values()):
+            give_up = time.monotonic() + 30 + attack.size / 4
+            while sum(injected.values()) < attack.size or not all(injected.values()):
                 assert time.monotonic() < give_up, injected
                 least = sorted(faults, key=lambda name: (injected[name], rng.random()))
                 for name in least[:12]:
@@ -97,14 +105,21 @@ def test_faults_of_every_kind_under_traffic_are_mended_and_no_session_is_ever_mi
             _, seen = (worker.end() for worker in workers)
         for _ in range(3):  # what was damaged behind the doctor's back, in the last run
             mended += sum(one.repaired for one in wrong(store.repair()))
-        assert wrong(store.repair()) == []
-        assert wrong(store.check()) == []
+        left = [*wrong(store.repair()), *wrong(store.check())]
         for key in world.redis.scan_iter(f"{world.prefix}quarantine:*", count=1000):
             world.redis.unlink(key)
-        assert_consistent(world)
+        assert left == []
         assert seen["missed"] == []
+        assert_consistent(world)
         assert seen["looks"] >= 10
-        assert mended >= FAULTS_IN_ALL // 2  # workers undo some by themselves
+        assert mended >= attack.size // 2  # workers undo some by themselves
+        attack.tell(
+            injected=sum(injected.values()),
+            wrong=len(left) + len(seen["missed"]),
+            kinds=len(injected),
+            mended=mended,
+            listings_that_missed_nothing=5 * seen["looks"],
+        )
     finally:
         world.close()
 

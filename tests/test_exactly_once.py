@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from hashlib import sha1
 from itertools import repeat
@@ -22,7 +22,18 @@ import pytest
 import redis
 import redis.asyncio
 from consistency import assert_consistent
-from faults import AFTER_THE_COMMAND, Fault, FaultProxy, FaultyWorld, seeded, shuffled
+from faults import (
+    AFTER_THE_COMMAND,
+    Fault,
+    FaultProxy,
+    FaultyWorld,
+    astray,
+    counted,
+    seeded,
+    shuffled,
+    weather,
+)
+from programme import Attack, controls, proves
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
@@ -412,7 +423,7 @@ class Observed:
     after: dict[bytes, bytes]
 
 
-def lose_the_reply(world: FaultyWorld, case: Case, fault: Fault) -> Observed:
+def lose_the_reply(world: FaultyWorld, case: Case) -> Observed:
     """Carry out the case's write; its first reply gets lost, and the world moves on meanwhile."""
     session_id = world.direct.create_session("claude", "service", "/src").id
     store = case.opened(world, session_id)
@@ -424,18 +435,17 @@ def lose_the_reply(world: FaultyWorld, case: Case, fault: Fault) -> Observed:
         seen.append(world.contents())
 
     world.proxy.on_fault = meanwhile
-    world.proxy.plan([fault])
+    world.proxy.plan([Fault.LOSE_REPLY])
     outcome = outcome_of(lambda: case.act(store, session_id))
-    assert world.proxy.injected == {fault: 1}
+    assert world.proxy.injected == {Fault.LOSE_REPLY: 1}
     return Observed(outcome, *seen, world.contents())
 
 
 @every_case
-@pytest.mark.parametrize("fault", [Fault.LOSE_REPLY, Fault.CUT_REPLY], ids=lambda one: one.name)
 def test_a_write_whose_reply_is_lost_is_applied_once_and_answered_as_it_ran(
-    world: FaultyWorld, case: Case, fault: Fault
+    world: FaultyWorld, case: Case
 ) -> None:
-    observed = lose_the_reply(world, case, fault)
+    observed = lose_the_reply(world, case)
 
     assert is_as_expected(observed.outcome, case.expected), repr(observed.outcome)
     refused = isinstance(observed.outcome, Exception) or observed.outcome is False
@@ -450,7 +460,7 @@ def test_without_the_guard_a_lost_reply_is_noticed_in_every_case(
     monkeypatch.setattr(sessionstore.pipelining, "load", unguarded)
     world = FaultyWorld("sync", server)
     try:
-        observed = lose_the_reply(world, case, Fault.LOSE_REPLY)
+        observed = lose_the_reply(world, case)
     finally:
         world.close()
 
@@ -556,118 +566,125 @@ def test_without_the_guard_a_late_duplicate_is_noticed_in_every_case(
 
 # ---- Appends at random faults -------------------------------------------------------------
 
-APPENDS = 240
-BREAKS = (Fault.LOSE_REQUEST, Fault.CUT_REQUEST, Fault.LOSE_REPLY, Fault.CUT_REPLY)
-FAULTS_OF_EACH_KIND = 12
-WAITS = (Fault.DELAY_REPLY, Fault.NEVER_REPLY)
-WAITS_OF_EACH_KIND = 3
+
+def patient_client(world: FaultyWorld) -> Any:
+    """A store on a client with hidden retries, as many and as patient as any plan needs."""
+    retry = (Retry if world.style == "sync" else AsyncRetry)(ConstantBackoff(0.001), 50)
+    return world.store_on_client(socket_timeout=0.15, retry=retry)
 
 
-def append_in_bad_weather(world: FaultyWorld, store: Any, faults: tuple[Fault, ...]) -> list[str]:
-    """Append while faults strike and old copies keep arriving; the lines as they are stored."""
+def append_in_bad_weather(
+    world: FaultyWorld, store: Any, attack: Attack, *, waits: float = 0.0
+) -> None:
+    """Append while faults strike and old copies keep arriving; tell what came of it."""
     rng = seeded()
     session_id = world.direct.create_session("claude", "service", "/src").id
-    world.proxy.plan(shuffled(rng, faults, APPENDS))
-    late = 0
-    for number in range(APPENDS):
-        assert store.add_output(session_id, f"line {number}") == number + 1
+    lines = [f"line {number}" for number in range(5 * attack.size)]
+    world.proxy.plan(shuffled(rng, weather(rng, attack.size, waits=waits), len(lines)))
+    wrong = late = 0
+    for number, line in enumerate(lines):
+        wrong += store.add_output(session_id, line) != number + 1
         if world.proxy.harmed and rng.random() < 0.1:
             world.proxy.deliver(rng.choice(world.proxy.harmed).request)
             late += 1
-    assert world.proxy.injected == Counter(faults)
-    assert late >= 10
-    return list(world.redis.lrange(f"{world.prefix}session:{session_id}:output", 0, -1))
-
-
-def test_appends_at_random_faults_are_stored_once_and_in_order(world: FaultyWorld) -> None:
-    stored = append_in_bad_weather(world, world.store(), BREAKS * FAULTS_OF_EACH_KIND)
-
-    assert stored == [f"line {number}" for number in range(APPENDS)]
-
-
-def test_a_client_with_hidden_retries_stores_each_append_once(world: FaultyWorld) -> None:
-    """The client's own retries, as many and as patient as the plan needs, also past timeouts."""
-    retry = (Retry if world.style == "sync" else AsyncRetry)(ConstantBackoff(0.001), 50)
-    store = world.store_on_client(socket_timeout=0.15, retry=retry)
-
-    stored = append_in_bad_weather(
-        world, store, BREAKS * FAULTS_OF_EACH_KIND + WAITS * WAITS_OF_EACH_KIND
+    assert late >= attack.size // 10
+    wrong += astray(world.redis.lrange(f"{world.session(session_id)}:output", 0, -1), lines)
+    attack.tell(
+        injected=world.proxy.injected.total(),
+        wrong=wrong,
+        answers=len(lines),
+        late_duplicates=late,
+        **counted(world.proxy.injected),
     )
 
-    assert stored == [f"line {number}" for number in range(APPENDS)]
+
+@proves("bad network", ordinary=48, full=500)
+def test_appends_at_random_faults_are_stored_once_and_in_order(
+    world: FaultyWorld, attack: Attack
+) -> None:
+    append_in_bad_weather(world, world.store(), attack)
+
+
+@proves("bad network", ordinary=54, full=400)
+def test_a_client_with_hidden_retries_stores_each_append_once(
+    world: FaultyWorld, attack: Attack
+) -> None:
+    """The client's own retries, also past timeouts."""
+    append_in_bad_weather(world, patient_client(world), attack, waits=0.1)
+
+
+@controls("bad network", ordinary=20, full=100)
+def test_without_the_guard_appends_at_random_faults_go_wrong(
+    server: PrivateServer, attack: Attack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessionstore.pipelining, "load", unguarded)
+    with closing(FaultyWorld("sync", server)) as world:
+        append_in_bad_weather(world, world.store(), attack)
 
 
 # ---- Claims at random faults --------------------------------------------------------------
 
-TURNS = 60  # each of four writes
-
 
 def take_turns_in_bad_weather(
-    world: FaultyWorld, store: Any, faults: tuple[Fault, ...]
-) -> tuple[list[str], list[str]]:
-    """Claim, renew, append and release while faults strike and old copies keep arriving.
-
-    Returns:
-        The events of the session, and its lines.
-    """
+    world: FaultyWorld, store: Any, attack: Attack, *, waits: float = 0.0
+) -> None:
+    """Claim, renew, append and release while faults strike and old copies keep arriving."""
     rng = seeded()
     session_id = world.direct.create_session("claude", "service", "/src").id
-    world.proxy.plan(shuffled(rng, faults, 4 * TURNS))
-    late, fences = 0, []
-    for number in range(TURNS):
+    turns = attack.size * 5 // 4  # each of four writes
+    world.proxy.plan(shuffled(rng, weather(rng, attack.size, waits=waits), 4 * turns))
+    wrong = late = 0
+    fences = []
+    for number in range(turns):
         with store.claim(session_id, ttl=LONG) as lease:
             lease.renew()
-            assert store.add_output(session_id, f"line {number}") == number + 1
+            wrong += store.add_output(session_id, f"line {number}") != number + 1
             fences.append(lease.fence)
         for harmed in world.proxy.harmed[-2:]:
             if rng.random() < 0.5:
                 world.proxy.deliver(harmed.request)
                 late += 1
-    assert world.proxy.injected == Counter(faults)
-    assert late >= 10
-    assert fences == sorted(set(fences))
-    events = [fields["event"] for _, fields in world.redis.xrange(f"{world.prefix}events")]
-    return events, list(world.redis.lrange(f"{world.prefix}session:{session_id}:output", 0, -1))
-
-
-def assert_each_turn_once(world: FaultyWorld, events: list[str], lines: list[str]) -> None:
-    assert events == ["created", *["claimed", "released"] * TURNS]
-    assert lines == [f"line {number}" for number in range(TURNS)]
+    assert late >= attack.size // 10
+    lines = [f"line {number}" for number in range(turns)]
+    wrong += astray(world.redis.lrange(f"{world.session(session_id)}:output", 0, -1), lines)
+    wrong += fences != sorted(set(fences))
+    events = [event["event"] for event in world.events()]
+    wrong += events != ["created", *["claimed", "released"] * turns]
     assert_consistent(world)
-
-
-def test_claims_at_random_faults_happen_once_and_in_order(world: FaultyWorld) -> None:
-    turns = take_turns_in_bad_weather(world, world.store(), BREAKS * FAULTS_OF_EACH_KIND)
-
-    assert_each_turn_once(world, *turns)
-
-
-def test_claims_through_a_client_with_hidden_retries_happen_once(world: FaultyWorld) -> None:
-    retry = (Retry if world.style == "sync" else AsyncRetry)(ConstantBackoff(0.001), 50)
-    store = world.store_on_client(socket_timeout=0.15, retry=retry)
-
-    turns = take_turns_in_bad_weather(
-        world, store, BREAKS * FAULTS_OF_EACH_KIND + WAITS * WAITS_OF_EACH_KIND
+    attack.tell(
+        injected=world.proxy.injected.total(),
+        wrong=wrong,
+        answers=4 * turns,
+        late_duplicates=late,
+        **counted(world.proxy.injected),
     )
 
-    assert_each_turn_once(world, *turns)
+
+@proves("bad network", ordinary=48, full=500)
+def test_claims_at_random_faults_happen_once_and_in_order(
+    world: FaultyWorld, attack: Attack
+) -> None:
+    take_turns_in_bad_weather(world, world.store(), attack)
+
+
+@proves("bad network", ordinary=54, full=400)
+def test_claims_through_a_client_with_hidden_retries_happen_once(
+    world: FaultyWorld, attack: Attack
+) -> None:
+    take_turns_in_bad_weather(world, patient_client(world), attack, waits=0.1)
 
 
 def test_without_the_guard_claims_at_random_faults_go_wrong(
     server: PrivateServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Soon a lease is lost that nobody has taken: no use in going on."""
     monkeypatch.setattr(sessionstore.pipelining, "load", unguarded)
-    world = FaultyWorld("sync", server)
-
-    def take_turns() -> None:
-        turns = take_turns_in_bad_weather(world, world.store(), BREAKS * FAULTS_OF_EACH_KIND)
-        assert_each_turn_once(world, *turns)
-
-    try:
-        with pytest.raises((SessionStoreError, AssertionError)):
-            take_turns()
-    finally:
-        world.close()
+    attack = Attack("bad network", "", is_control=False, size=48, in_full=False)
+    with (
+        closing(FaultyWorld("sync", server)) as world,
+        pytest.raises((SessionStoreError, AssertionError)),
+    ):
+        take_turns_in_bad_weather(world, world.store(), attack)
 
 
 def test_the_default_client_of_redis_py_stores_an_append_once(world: FaultyWorld) -> None:
@@ -681,24 +698,31 @@ def test_the_default_client_of_redis_py_stores_an_append_once(world: FaultyWorld
     assert world.direct.get_session(session_id).output_buffer == ("line",)
 
 
+@controls("bad network", ordinary=20, full=100)
 def test_bare_rpush_with_retries_duplicates_at_each_lost_reply(
-    style: str, server: PrivateServer
+    style: str, server: PrivateServer, attack: Attack
 ) -> None:
     world = FaultyWorld(style, server)
     try:
-        lost = 20
+        lines = list(map(str, range(5 * attack.size)))
         world.proxy.matches = lambda command: command[0] == b"RPUSH"
-        world.proxy.plan(shuffled(seeded(), [Fault.LOSE_REPLY] * lost, 100))
+        world.proxy.plan(shuffled(seeded(), [Fault.LOSE_REPLY] * attack.size, len(lines)))
         key = f"{world.prefix}naive"
         retry = (Retry if style == "sync" else AsyncRetry)(ConstantBackoff(0.001), 50)
         client = world.store_on_client(retry=retry)._client
-        for number in range(100):
-            pushed = client.rpush(key, number)
+        for line in lines:
+            pushed = client.rpush(key, line)
             if world.runner is not None:
                 world.runner.run(pushed)
         stored = world.redis.lrange(key, 0, -1)
-        assert world.proxy.injected == {Fault.LOSE_REPLY: lost}
-        assert len(stored) == 100 + lost
+        assert world.proxy.injected == {Fault.LOSE_REPLY: attack.size}
+        assert len(stored) == len(lines) + attack.size
+        attack.tell(
+            injected=attack.size,
+            wrong=astray(stored, lines),
+            answers=len(lines),
+            **counted(world.proxy.injected),
+        )
     finally:
         world.close()
 

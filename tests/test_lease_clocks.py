@@ -19,12 +19,12 @@ import pytest
 from conftest import World
 from consistency import assert_consistent
 from lease_workers import main, plain_client, play, together
+from programme import Attack, controls, proves
 
 from sessionstore import SessionBusyError, SessionStore
 
 SHIFTS = (0.0, 60.0, -60.0, 0.0, 60.0, -60.0)  # seconds; one worker each
-TURNS = 20
-TTL = 30.0  # seconds: longer than the test, and less than a clock may be ahead
+TTL = 45.0  # seconds: longer than the test, and less than a clock may be ahead
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def set_clock(shift: float) -> None:
     datetime.datetime = Shifted
 
 
-def grabs(url: str, namespace: str, naive: bool) -> Any:
+def grabs(url: str, namespace: str, turns: int, naive: bool) -> Any:
     """Everybody holds one session, and goes for all the others."""
     settings: Any = {"namespace": namespace, "reap_grace": 0.05}
     with SessionStore.from_url(url, **settings) as store:
@@ -81,7 +81,7 @@ def grabs(url: str, namespace: str, naive: bool) -> Any:
                 return seen
             lease = store.claim(own, ttl=TTL)
             barrier.wait()
-            for turn in range(TURNS):
+            for turn in range(turns):
                 for other in others:
                     for grab in (
                         partial(store.claim, other, expected=("active", "busy")),
@@ -121,31 +121,34 @@ def claim_by_own_clock(store: SessionStore, client: Any, session_id: str) -> boo
 # ---- What must be true of it ---------------------------------------------------------------
 
 
-def told(found: dict[str, int]) -> Counter[str]:
+def tell(attack: Attack, found: dict[str, int]) -> None:
     counts = Counter(found)
-    print(
-        f"clocks: {counts['stolen']} sessions stolen in {counts['tried']:,} attempts by "
-        f"{len(SHIFTS)} workers whose clocks are {', '.join(f'{one:+.0f}' for one in SHIFTS)} s off"
+    attack.tell(
+        injected=counts["tried"],
+        wrong=counts["stolen"] + counts["wrong"],
+        workers=len(SHIFTS),
+        own_writes=counts["written"],
     )
-    return counts
 
 
-def test_workers_whose_clocks_differ_steal_nothing(world: World) -> None:
-    counts = told(play(grabs, world.url or "", world.namespace, naive=False))
+@proves("clocks", ordinary=2000, full=20_000)
+def test_workers_whose_clocks_differ_steal_nothing(world: World, attack: Attack) -> None:
+    a_turn = len(SHIFTS) * (4 * (len(SHIFTS) - 1) + 1)
+    turns = -(-attack.size // a_turn)
+    found = play(grabs, world.url or "", world.namespace, turns=turns, naive=False)
 
-    assert counts["stolen"] == 0
-    assert counts["wrong"] == 0
-    assert counts["held"] == len(SHIFTS)
-    assert counts["written"] == len(SHIFTS) * TURNS
-    assert counts["tried"] == len(SHIFTS) * TURNS * (4 * (len(SHIFTS) - 1) + 1)
+    tell(attack, found)
+    assert found["held"] == len(SHIFTS)
+    assert found["written"] == len(SHIFTS) * turns
     assert_consistent(world)
 
 
-def test_leases_on_the_workers_own_clocks_are_stolen(world: World) -> None:
-    counts = told(play(grabs, world.url or "", world.namespace, naive=True))
+@controls("clocks", ordinary=30)
+def test_leases_on_the_workers_own_clocks_are_stolen(world: World, attack: Attack) -> None:
+    found = play(grabs, world.url or "", world.namespace, turns=1, naive=True)
 
-    assert counts["held"] == len(SHIFTS)
-    assert counts["stolen"] > 0
+    assert found["held"] == len(SHIFTS)
+    tell(attack, found)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -24,13 +23,13 @@ import pytest
 from conftest import SERVERS, World
 from consistency import assert_consistent, sessions_of
 from lease_workers import Gate, Log, fork, lines_of, main, plain_client, play, seeded, wait_for
+from programme import Attack, controls, proves
 
 from sessionstore import Reaper, SessionStore, SessionStoreError
 from sessionstore.models import Reaped
 
-KILLS = 200
 SIDE_BY_SIDE = 20
-LIVE_CHUNKS = 20_000  # at least so many are looked at
+LIVE_CHUNKS = 100  # at least so many are looked at for each kill
 CHUNKS = 5  # in one write
 LONGEST_LIFE = 0.3  # seconds of work before the kill
 TTL, GRACE, EVERY = 1.0, 0.3, 0.2  # seconds
@@ -207,19 +206,18 @@ class Findings:
     live_chunks: int
     reaped_after: list[float]  # seconds from the kill
 
-    def tell(self, fates: list[dict[str, Any]]) -> None:
-        by_moment = Counter(fate["last"] for fate in fates)
-        print(
-            f"killed: {self.killed} workers ("
-            f"{', '.join(f'{count} at {name!r}' for name, count in sorted(by_moment.items()))}); "
-            f"{len(self.not_ended)} sessions not ended, {len(self.lost_writes)} with lost writes, "
-            f"{'some' if self.disagreements else '0'} index disagreements, "
-            f"{self.live_chunks:,} live chunks checked"
+    def tell(self, attack: Attack) -> None:
+        disagreements = bool(self.disagreements)
+        attack.tell(
+            injected=self.killed,
+            wrong=len(self.not_ended) + len(self.lost_writes) + disagreements,
+            live_chunks=self.live_chunks,
+            reaped=len(self.reaped_after),
         )
+        assert not self.disagreements or attack.is_control, self.disagreements
         if self.reaped_after:
             print(
-                f"reaped: {len(self.reaped_after)} sessions, after "
-                f"{statistics.median(self.reaped_after):.2f} s (median), at most "
+                f"reaped after {statistics.median(self.reaped_after):.2f} s (median), at most "
                 f"{max(self.reaped_after):.2f} s; a lease lasts {TTL} s, marking {MARKING:.2f} s"
             )
 
@@ -246,7 +244,7 @@ def examined(world: World, seen: Any) -> Findings:
         disagreements = ""
     except (AssertionError, KeyError) as error:
         disagreements = str(error) or repr(error)
-    found = Findings(
+    return Findings(
         not_ended,
         lost_writes,
         disagreements,
@@ -254,31 +252,36 @@ def examined(world: World, seen: Any) -> Findings:
         chunks,
         [at - killed_at[one] for one, at in reaped_at.items()],
     )
-    found.tell(seen["fates"])
-    return found
 
 
 @one_server
+@proves("kills", ordinary=40, full=900)
 def test_sessions_of_killed_workers_are_ended_in_time_whole_and_with_all_writes(
-    world: World,
+    world: World, attack: Attack
 ) -> None:
     found = examined(
-        world, play(crashes, world.url or "", world.namespace, kills=KILLS, naive=False)
+        world,
+        play(
+            crashes, world.url or "", world.namespace, longest=900, kills=attack.size, naive=False
+        ),
     )
 
-    assert (found.not_ended, found.lost_writes, found.disagreements) == ([], [], "")
+    found.tell(attack)
     assert max(found.reaped_after) <= TTL + MARKING + MARGIN
-    assert found.killed == KILLS
-    assert len(found.reaped_after) >= KILLS / 4
-    assert found.live_chunks >= LIVE_CHUNKS
+    assert len(found.reaped_after) >= attack.size / 4
+    assert found.live_chunks >= LIVE_CHUNKS * attack.size
 
 
 @one_server
+@controls("kills", ordinary=20, full=40)
 def test_separate_commands_leave_sessions_busy_for_ever_torn_and_short_of_writes(
-    world: World,
+    world: World, attack: Attack
 ) -> None:
-    found = examined(world, play(crashes, world.url or "", world.namespace, kills=40, naive=True))
+    found = examined(
+        world, play(crashes, world.url or "", world.namespace, kills=attack.size, naive=True)
+    )
 
+    found.tell(attack)
     assert found.not_ended
     assert found.lost_writes
     assert found.disagreements

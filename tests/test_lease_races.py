@@ -16,13 +16,12 @@ import pytest
 from conftest import SERVERS, World
 from lease_workers import main, plain_client, play, seeded, together
 from linearizability import Operation, is_linearizable, overlapping
+from programme import Attack, controls, proves
 
 from sessionstore import LeaseLostError, SessionBusyError, SessionStore
 
 RACERS = 8
-SESSIONS = 1000
 CLIENTS = 4
-HISTORIES = 500
 STEPS = 5  # operations of each client in one history
 NEVER = 120.0  # seconds: a lease that does not expire here
 
@@ -85,29 +84,30 @@ def claimed_naively(client: Any, store: SessionStore, session_id: str) -> bool:
     return True
 
 
-def told(found: dict[str, int]) -> dict[str, int]:
-    counts = {name: found.get(name, 0) for name in ("tried", "held", "claimed", "double")}
-    print(
-        f"witness: {counts['double']} double holders in {counts['held']:,} sessions, "
-        f"{counts['tried']:,} claims by {RACERS} processes"
+def told(attack: Attack, found: dict[str, int]) -> None:
+    assert found["tried"] == RACERS * attack.size
+    assert found["claimed"] == found["held"] + found.get("double", 0)
+    attack.tell(injected=found["held"], wrong=found.get("double", 0), claims_tried=found["tried"])
+
+
+@one_server
+@proves("claim race", ordinary=500, full=5000)
+def test_of_eight_processes_exactly_one_gets_each_session(world: World, attack: Attack) -> None:
+    found = play(
+        race, world.url or "", world.namespace, longest=600, sessions=attack.size, naive=False
     )
-    return counts
+
+    told(attack, found)
 
 
 @one_server
-def test_of_eight_processes_exactly_one_gets_each_session(world: World) -> None:
-    found = play(race, world.url or "", world.namespace, sessions=SESSIONS, naive=False)
+@controls("claim race", ordinary=200, full=1000)
+def test_reading_the_status_and_setting_it_then_is_seen_by_the_witness(
+    world: World, attack: Attack
+) -> None:
+    found = play(race, world.url or "", world.namespace, sessions=attack.size, naive=True)
 
-    assert told(found) == {
-        "tried": RACERS * SESSIONS, "held": SESSIONS, "claimed": SESSIONS, "double": 0,
-    }  # fmt: skip
-
-
-@one_server
-def test_reading_the_status_and_setting_it_then_is_seen_by_the_witness(world: World) -> None:
-    found = play(race, world.url or "", world.namespace, sessions=200, naive=True)
-
-    assert told(found)["double"] > 0
+    told(attack, found)
 
 
 # ---- Histories -----------------------------------------------------------------------------
@@ -257,9 +257,8 @@ def one_step(client: Client, at: int, chance: float) -> None:
 def recorded(
     world: World, count: int, *, naive: bool, clients: int = CLIENTS
 ) -> list[list[Operation]]:
-    noted = play(
-        histories, world.url or "", world.namespace, clients=clients, count=count, naive=naive
-    )
+    options = {"clients": clients, "count": count, "naive": naive}
+    noted = play(histories, world.url or "", world.namespace, longest=600, **options)
     return [[operation(*note) for note in history] for history in noted]
 
 
@@ -270,41 +269,48 @@ def operation(name: str, lease: str, text: str, answer: Any, *times: int) -> Ope
 
 
 def unsound(found: list[list[Operation]]) -> list[list[Operation]]:
-    """The histories that are not linearizable; tells of all."""
-    wrong = [history for history in found if not is_linearizable(history)]
-    everything = [operation for history in found for operation in history]
-    answers = Counter(one.answer if isinstance(one.answer, str) else "ok" for one in everything)
-    print(
-        f"linearizable: {len(found) - len(wrong)} of {len(found)} histories;"
-        f" {len(everything):,} operations, {sum(map(overlapping, found)):,} of them overlapping;"
-        f" {answers['busy']:,} refused, {answers['lost']:,} lost"
-    )
-    return wrong
+    """The histories that are not linearizable."""
+    return [history for history in found if not is_linearizable(history)]
 
 
-@one_server
-def test_histories_of_claim_append_and_release_are_linearizable(world: World) -> None:
-    found = recorded(world, HISTORIES, naive=False)
-
-    assert unsound(found) == []
-    assert len(found) == HISTORIES
+def tell(attack: Attack, found: list[list[Operation]]) -> Counter[Any]:
     answers = Counter(one.answer for history in found for one in history)
-    assert answers["busy"] >= HISTORIES
-    assert answers["lost"] >= HISTORIES / 20
-    assert sum(map(overlapping, found)) >= 5 * HISTORIES
+    attack.tell(
+        injected=len(found),
+        wrong=len(unsound(found)),
+        operations=sum(map(len, found)),
+        overlapping=sum(map(overlapping, found)),
+        refused=answers["busy"],
+        lost_leases=answers["lost"],
+    )
+    return answers
 
 
 @one_server
-def test_histories_of_checking_first_and_acting_then_are_not_all_linearizable(
-    world: World,
+@proves("histories", ordinary=200, full=2000)
+def test_histories_of_claim_append_and_release_are_linearizable(
+    world: World, attack: Attack
 ) -> None:
-    assert unsound(recorded(world, 100, naive=True))
+    found = recorded(world, attack.size, naive=False)
+
+    answers = tell(attack, found)
+    assert answers["busy"] >= attack.size
+    assert answers["lost"] >= attack.size / 20
+    assert sum(map(overlapping, found)) >= 5 * attack.size
+
+
+@one_server
+@controls("histories", ordinary=60, full=200)
+def test_histories_of_checking_first_and_acting_then_are_not_all_linearizable(
+    world: World, attack: Attack
+) -> None:
+    tell(attack, recorded(world, attack.size, naive=True))
 
 
 @one_server
 def test_checking_first_and_acting_then_is_right_for_one_client_alone(world: World) -> None:
     """So what the checker finds above is the race, and no other fault of the naive version."""
-    assert unsound(recorded(world, 100, naive=True, clients=1)) == []
+    assert unsound(recorded(world, 60, naive=True, clients=1)) == []
 
 
 def op(name: str, lease: str, answer: Any, invoked: int, responded: int) -> Operation:

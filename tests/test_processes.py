@@ -23,6 +23,7 @@ from uuid import uuid4
 import pytest
 import redis
 from consistency import assert_consistent
+from programme import Attack, controls, proves
 
 from sessionstore import ServiceSessionInUseError, SessionStatusError, SessionStore
 
@@ -30,7 +31,6 @@ WRITERS = 4
 APPENDS = 250
 RACERS = 8
 ROUNDS = 60
-KILLS = 30
 
 
 # ---- What the workers do ------------------------------------------------------------------
@@ -137,11 +137,11 @@ def takings(url: str, namespace: str, naive: bool) -> Any:
     return forked(work, RACERS)
 
 
-def killings(url: str, namespace: str, naive: bool) -> Any:
+def killings(url: str, namespace: str, naive: bool, kills: int) -> Any:
     """Kill a worker that creates, fills and deletes sessions, at any moment, again and again."""
     rng = random.Random(int(os.environ["FAULT_SEED"]))
     killed = 0
-    for number in range(KILLS):
+    for number in range(kills):
         read_end, write_end = os.pipe()
         worker = os.fork()
         if worker == 0:
@@ -211,17 +211,17 @@ class Namespace:
         self.prefix = f"{{{self.name}}}:"
         self.redis = redis.Redis.from_url(url, decode_responses=True)
 
-    def run(self, work: Callable[[str, str, bool], Any], *, naive: bool = False) -> Any:
+    def run(self, work: Callable[..., Any], *args: int, naive: bool = False) -> Any:
         """The result of one of the functions above, in a process of its own."""
         seed = os.environ.get("FAULT_SEED") or str(random.randrange(2**32))
         print(f"replay with FAULT_SEED={seed}")
-        arguments = [work.__name__, self.url, self.name, "naive" if naive else ""]
+        arguments = [work.__name__, json.dumps([self.url, self.name, naive, *args])]
         finished = subprocess.run(
             [sys.executable, __file__, *arguments],
             env=os.environ | {"FAULT_SEED": seed},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         assert finished.returncode == 0, finished.stderr
         return json.loads(finished.stdout)
@@ -318,21 +318,36 @@ def test_reading_the_status_first_and_setting_it_then_lets_several_win(
     assert max(winners(namespace.run(takings, naive=True))) > 1
 
 
-def test_killed_workers_leave_no_partial_session_and_no_orphan(namespace: Namespace) -> None:
-    assert namespace.run(killings) == KILLS
+def torn(namespace: Namespace) -> int:
+    try:
+        assert_consistent(namespace)
+    except (AssertionError, KeyError):
+        return 1
+    return 0
+
+
+@proves("kills", ordinary=15, full=100)
+def test_killed_workers_leave_no_partial_session_and_no_orphan(
+    namespace: Namespace, attack: Attack
+) -> None:
+    killed = namespace.run(killings, attack.size)
 
     assert_consistent(namespace)
-    assert namespace.redis.zcard(f"{namespace.prefix}sessions") >= KILLS
-    assert namespace.chunks() >= 20 * KILLS
+    assert namespace.redis.zcard(f"{namespace.prefix}sessions") >= attack.size
+    chunks = namespace.chunks()
+    assert chunks >= 20 * attack.size
+    attack.tell(injected=killed, wrong=torn(namespace), live_chunks=chunks)
 
 
-def test_workers_that_use_separate_commands_leave_partial_sessions(namespace: Namespace) -> None:
-    assert namespace.run(killings, naive=True) == KILLS
+@controls("kills", ordinary=15, full=30)
+def test_workers_that_use_separate_commands_leave_partial_sessions(
+    namespace: Namespace, attack: Attack
+) -> None:
+    killed = namespace.run(killings, attack.size, naive=True)
 
-    with pytest.raises((AssertionError, KeyError)):
-        assert_consistent(namespace)
+    attack.tell(injected=killed, wrong=torn(namespace))
 
 
 if __name__ == "__main__":
-    _, name, *rest, naive_word = sys.argv
-    print(json.dumps(globals()[name](*rest, bool(naive_word))))
+    _, name, arguments = sys.argv
+    print(json.dumps(globals()[name](*json.loads(arguments))))

@@ -1,15 +1,16 @@
 """Damage the Lua scripts one by one, and see that the tests notice.
 
-scripts/mutants [--only TEXT] [--jobs 2] [--server redis]
+scripts/mutants [--only TEXT] [--jobs 2] [--server redis] [--figures FILE]
 """
 
 from __future__ import annotations
 
 import argparse
-import signal
+import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from damages import DAMAGES
 from mutants import Result, check_texts, failing_without_damage, tried
@@ -22,11 +23,10 @@ def main() -> int:
     parser.add_argument("--only", default="", help="damages with this in file or reason")
     parser.add_argument("--jobs", type=int, default=2, help="how many at the same time")
     parser.add_argument("--server", choices=("redis", "valkey"), default="redis")
+    parser.add_argument("--figures", type=Path, help="append the counts as JSON, as attacks do")
     options = parser.parse_args()
     chosen = [one for one in DAMAGES if options.only in f"{one.file} {one.why}"]
     check_texts(DAMAGES)
-    # A shell has its background jobs ignore interrupts, and some tests send themselves one.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     began = time.monotonic()
     files = sorted({file for damage in chosen for file in damage.tests})
     print(f"{len(files)} files of tests without damage …", flush=True)
@@ -42,6 +42,10 @@ def main() -> int:
         f"{len(results) - len(survived)} of {len(results)} damages noticed, "
         f"in {(time.monotonic() - began) / 60:.1f} minutes"
     )
+    if options.figures:
+        counts = {"injected": len(results), "wrong": len(survived), "control": False}
+        with options.figures.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(counts | {"seen": {}, "outcomes": {}}) + "\n")
     for one in survived:
         print(f"NOT NOTICED: {one.damage.file}: {one.damage.why}\n{one.trouble}")
     return 1 if survived else 0

@@ -25,6 +25,7 @@ TYPES = "test_lua_contracts.py"
 MEMORY = "test_memory_limit.py"
 BOUNDS = "test_lua_bounds.py"
 DOCTOR = "test_contract_doctor.py"
+EXPORT = "test_contract_export.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +268,7 @@ STATUS = [
     ),
     _damage(
         "include/move", "the end of a session wakes no follower of its output",
-        "      wake(prefix .. 'session:' .. id .. ':output', 'ended')\n", "",
+        "      wake_followers(prefix .. 'session:' .. id, 'ended')\n", "",
         FOLLOW,
     ),
     _damage(
@@ -537,7 +538,7 @@ CREATE_AND_DELETE = [
     ),
     _damage(
         "include/removal", "a deletion wakes no follower",
-        "  wake(session .. ':output', 'deleted')\n", "",
+        "  wake_followers(session, 'deleted')\n", "",
         FOLLOW,
     ),
     _damage(
@@ -587,8 +588,8 @@ REAPING = [
     ),
     _damage(
         "reap", "a dry run marks",
-        "        if not only_tell then\n          redis.call('HSET', found.key, 'reap_seen_ms'",
-        "        if true then\n          redis.call('HSET', found.key, 'reap_seen_ms'",
+        "          if not only_tell then\n            redis.call('HSET', found.key, 'reap_seen_ms'",
+        "          if true then\n            redis.call('HSET', found.key, 'reap_seen_ms'",
         REAP,
     ),
     _damage(
@@ -691,12 +692,13 @@ READING = [
     ),
     _damage(
         "find_sessions", "a page begins with the last of the page before",
-        "seen and '(' .. integer(seen.score) or '-inf'", "seen and integer(seen.score) or '-inf'",
+        "if not seen or before(seen, candidate) then\n        following",
+        "if true then\n        following",
         ITERATION, LISTING,
     ),
     _damage(
         "find_sessions", "a listing ends with its first page",
-        "return candidates, #candidates == walked", "return candidates, false",
+        "return following, #head == walked", "return following, false",
         ITERATION, LISTING,
     ),
     _damage(
@@ -833,6 +835,135 @@ READING = [
     ),
 ]  # fmt: skip
 
+TRANSFER = [
+    _damage(
+        "export_sessions", "of sessions of one microsecond only the first page is exported",
+        "(us == seen_us and id > seen_id)", "false",
+        EXPORT,
+    ),
+    _damage(
+        "export_sessions", "filters do not matter",
+        "if matches(candidate.id) then", "if true then",
+        EXPORT,
+    ),
+    _damage(
+        "export_sessions", "what became idle at this moment is not idle",
+        "tonumber(last) <= idle_until", "tonumber(last) > idle_until",
+        EXPORT,
+    ),
+    _damage(
+        "export_sessions", "a spoilt session ends the export",
+        "if not are('hash', session) or not are('list', output, errors) then", "if false then",
+        EXPORT,
+    ),
+    _damage(
+        "export_sessions", "large buffers make a reply of any size",
+        "expected_bytes(stored[2], row[9]) > room", "expected_bytes(stored[2], row[9]) < 0",
+        EXPORT,
+    ),
+    _damage(
+        "export_sessions", "the errors are those of the output",
+        "redis.call('LRANGE', errors, 0, -1)", "redis.call('LRANGE', output, 0, -1)",
+        EXPORT,
+    ),
+    _damage(
+        "export_sessions", "a page that was cut short is taken for the last",
+        "    more = true\n    break\n  end\n  if matches", "    break\n  end\n  if matches",
+        EXPORT,
+    ),
+    _damage(
+        "import_session", "a session that is there is written over",
+        "if replace ~= '1' then", "if false then",
+        EXPORT,
+    ),
+    _damage(
+        "import_session", "a session that is held is replaced",
+        "  if refused then\n    return refused\n  end\n", "",
+        EXPORT,
+    ),
+    _damage(
+        "import_session", "a part that was lost is not missed",
+        "~= tonumber(count) + 1) then", "== nil) then",
+        EXPORT,
+    ),
+    _damage(
+        "import_session", "another import's parts are taken for one's own",
+        "redis.call('LINDEX', staged, 0) ~= token", "false",
+        EXPORT,
+    ),
+    _damage(
+        "import_session", "a replaced session keeps its old indexes",
+        "  remove(prefix, id, removal, actor)\n", "",
+        EXPORT,
+    ),
+    _damage(
+        "import_session", "the type of a replaced session is forgotten",
+        "  redis.call('SADD', types, type)\nend\n", "end\n",
+        EXPORT,
+    ),
+    _damage(
+        "import_session", "a worker from before the export still holds the session",
+        "integer(owned and fence + 1 or fence)", "integer(fence)",
+        EXPORT,
+    ),
+    _damage(
+        "import_session", "a lease goes on in the import",
+        "math.min(expires_ms, math.floor(now_us / 1000))", "expires_ms",
+        EXPORT,
+    ),
+    _damage(
+        "import_session", "an expired lease is not to be reaped",
+        "  redis.call('ZADD', leases, integer(expired_ms), id)\n", "",
+        EXPORT,
+    ),
+    _damage(
+        "import_session", "a large buffer begins with the token of its import",
+        "    redis.call('LPOP', staged)   -- the token\n", "",
+        EXPORT,
+    ),
+    _damage(
+        "import_session", "a large buffer disappears after an hour",
+        "      redis.call('PERSIST', list)\n", "",
+        EXPORT,
+    ),
+    _damage(
+        "import_session", "an ended session is among the living",
+        "ENDED[status] and ended or activity", "activity",
+        EXPORT,
+    ),
+    _damage(
+        "import_session", "it is not in its index sets",
+        "  redis.call('SADD', KEYS[i], id)\n", "",
+        EXPORT,
+    ),
+    _damage(
+        "stage_buffer", "parts are staged for a session that is there",
+        "if only_new and redis.call('EXISTS', session) == 1 then", "if false then",
+        EXPORT,
+    ),
+    _damage(
+        "stage_buffer", "what another import has staged is dropped",
+        "  if is_own then\n    redis.call('UNLINK', staged)\n  end\n",
+        "  redis.call('UNLINK', staged)\n",
+        EXPORT,
+    ),
+    _damage(
+        "stage_buffer", "what was left by a killed import comes first",
+        "  redis.call('LTRIM', staged, -1, -1)\n", "",
+        EXPORT,
+    ),
+    _damage(
+        "stage_buffer", "a part may follow another import's",
+        "elseif not is_own or", "elseif",
+        EXPORT,
+    ),
+    _damage(
+        "stage_buffer", "what a killed import has staged stays for ever",
+        "redis.call('PEXPIRE', staged, STAGED_MS)\n", "",
+        EXPORT,
+    ),
+]  # fmt: skip
+
 DAMAGES = [
     *ONCE_LUA,
     *FENCE_AND_LEASE,
@@ -842,4 +973,5 @@ DAMAGES = [
     *CREATE_AND_DELETE,
     *REAPING,
     *READING,
+    *TRANSFER,
 ]
