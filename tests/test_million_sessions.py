@@ -38,7 +38,7 @@ from sessionstore.testing import memory_store
 
 LIMIT_US = 10_000
 TIMES, TIMES_THE_CALL = 10, 3
-MOST_PAGES = 1000
+MOST_PAGES = 500
 PROJECT = "/home/me/project"
 
 # ---- The store ----------------------------------------------------------------------------------
@@ -147,6 +147,8 @@ class Watched(redis.Redis):
                 told = f"{microseconds} µs: {words}"
                 matching = (one for one in sent if _as_bytes(one)[:4] == words[:4])
                 again = next(matching, None)
+                if again is None and words != [b"EXEC"]:
+                    continue  # a script's own command: the script itself took longer
                 if again is None or not _only_reads(again):
                     self.suspected.append(told)
                 elif all(self._takes_long(again) for _ in range(TIMES - 1)):
