@@ -9,13 +9,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
 from sessionstore import (
     AgentSession,
-    AgentSessionStatus,
     BufferPage,
     SessionBusyError,
 )
@@ -24,9 +23,16 @@ from sessionstore.cli.failures import note
 from sessionstore.cli.options import (
     Json,
     Namespace,
+    OfMcp,
+    OfOwner,
+    OfService,
+    OfStatus,
+    OfTask,
+    OfType,
     SessionId,
     Timeout,
     Url,
+    filters,
     named_url,
     on_terminal,
     opened_store,
@@ -63,30 +69,12 @@ _TSV_COLUMNS = (
 
 def list_sessions(
     context: typer.Context,
-    type: Annotated[
-        str | None, typer.Option("--type", metavar="TYPE", help="Of this agent type.")
-    ] = None,
-    status: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--status",
-            metavar="STATUS",
-            help="Of this status: starting, active, busy, error or terminated. May be repeated, "
-            "or several with commas.",
-        ),
-    ] = None,
-    task: Annotated[
-        str | None, typer.Option("--task", metavar="ID", help="Working on this task.")
-    ] = None,
-    service: Annotated[
-        str | None, typer.Option("--service", metavar="ID", help="Driving this service session.")
-    ] = None,
-    mcp: Annotated[
-        str | None, typer.Option("--mcp", metavar="ID", help="Belonging to this MCP session.")
-    ] = None,
-    owner: Annotated[
-        str | None, typer.Option("--owner", metavar="WORKER", help="Held by this worker.")
-    ] = None,
+    type: OfType = None,
+    status: OfStatus = None,
+    task: OfTask = None,
+    service: OfService = None,
+    mcp: OfMcp = None,
+    owner: OfOwner = None,
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="N", min=0, help="At most so many.")
     ] = None,
@@ -102,15 +90,10 @@ def list_sessions(
 
     --json prints an array, one session on a line, each with the newest entry of its buffers.
     """
-    statuses = [one.strip() for given in status or () for one in given.split(",")]
+    chosen = filters(type, status, task, service, mcp, owner)
     with opened_store(context, url, namespace, timeout) as store:
         found = store.find_sessions(
-            type=type,
-            status=cast("list[AgentSessionStatus]", statuses) or None,
-            task_id=task,
-            service_session_id=service,
-            mcp_session_id=mcp,
-            owner=owner,
+            **chosen,
             limit=limit,
             order=order.value,
             tail=1,

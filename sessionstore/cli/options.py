@@ -8,7 +8,7 @@ import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
@@ -54,7 +54,49 @@ Timeout = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, whether on a terminal or not.")]
+
+# Which sessions: those that match all that are given.
+OfType = Annotated[str | None, typer.Option("--type", metavar="TYPE", help="Of this agent type.")]
+OfStatus = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--status",
+        metavar="STATUS",
+        help="Of this status: starting, active, busy, error or terminated. May be repeated, "
+        "or several with commas.",
+    ),
+]
+OfTask = Annotated[str | None, typer.Option("--task", metavar="ID", help="Working on this task.")]
+OfService = Annotated[
+    str | None, typer.Option("--service", metavar="ID", help="Driving this service session.")
+]
+OfMcp = Annotated[
+    str | None, typer.Option("--mcp", metavar="ID", help="Belonging to this MCP session.")
+]
+OfOwner = Annotated[
+    str | None, typer.Option("--owner", metavar="WORKER", help="Held by this worker.")
+]
 SessionId = Annotated[str, typer.Argument(metavar="ID", help="The session's id.")]
+
+
+def filters(
+    type: str | None,
+    status: list[str] | None,
+    task: str | None,
+    service: str | None,
+    mcp: str | None,
+    owner: str | None,
+) -> dict[str, Any]:
+    """The filters of ``find_sessions`` that these options are."""
+    statuses = [one.strip() for given in status or () for one in given.split(",")]
+    return {
+        "type": type,
+        "status": statuses or None,
+        "task_id": task,
+        "service_session_id": service,
+        "mcp_session_id": mcp,
+        "owner": owner,
+    }
 
 
 def duration(text: str) -> float:

@@ -9,19 +9,26 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, cast
+from typing import Annotated, Any, BinaryIO
 
 import typer
 
-from sessionstore import AgentSessionStatus, Imported, SessionExistsError
+from sessionstore import Imported, SessionExistsError
 from sessionstore.cli import failures, terminal
 from sessionstore.cli.failures import CommandError, note
 from sessionstore.cli.options import (
     Json,
     Namespace,
+    OfMcp,
+    OfOwner,
+    OfService,
+    OfStatus,
+    OfTask,
+    OfType,
     Timeout,
     Url,
     duration,
+    filters,
     opened_store,
     write,
 )
@@ -56,29 +63,12 @@ def export_(
     force: Annotated[
         bool, typer.Option("--force", help="With --output: replace a file that is there.")
     ] = False,
-    type: Annotated[
-        str | None, typer.Option("--type", metavar="TYPE", help="Of this agent type.")
-    ] = None,
-    status: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--status",
-            metavar="STATUS",
-            help="Of this status; may be repeated, or several with commas.",
-        ),
-    ] = None,
-    task: Annotated[
-        str | None, typer.Option("--task", metavar="ID", help="Working on this task.")
-    ] = None,
-    service: Annotated[
-        str | None, typer.Option("--service", metavar="ID", help="Driving this service session.")
-    ] = None,
-    mcp: Annotated[
-        str | None, typer.Option("--mcp", metavar="ID", help="Belonging to this MCP session.")
-    ] = None,
-    owner: Annotated[
-        str | None, typer.Option("--owner", metavar="WORKER", help="Held by this worker.")
-    ] = None,
+    type: OfType = None,
+    status: OfStatus = None,
+    task: OfTask = None,
+    service: OfService = None,
+    mcp: OfMcp = None,
+    owner: OfOwner = None,
     idle_for: Annotated[
         float | None,
         typer.Option(
@@ -99,20 +89,11 @@ def export_(
     """
     if output is not None and output.exists() and not force:
         raise CommandError(failures.FAILURE, f"{output} exists already; --force replaces it")
-    statuses = [one.strip() for given in status or () for one in given.split(",")]
-    filters: dict[str, Any] = {
-        "type": type,
-        "status": cast("list[AgentSessionStatus]", statuses) or None,
-        "task_id": task,
-        "service_session_id": service,
-        "mcp_session_id": mcp,
-        "owner": owner,
-        "idle_for": idle_for,
-    }
+    chosen = filters(type, status, task, service, mcp, owner) | {"idle_for": idle_for}
     with opened_store(context, url, namespace, timeout, default_timeout=None) as store:
-        is_all = not any(value is not None for value in filters.values())
+        is_all = not any(value is not None for value in chosen.values())
         total = store.get_metrics().total_sessions if is_all else None
-        lines = store.export_sessions(**filters)
+        lines = store.export_sessions(**chosen)
         with _target(output) as stream, _progress("exporting", total, "sessions", output) as told:
             last = _copy(lines, stream, told)
     counted = json_module.loads(last)["total"]
