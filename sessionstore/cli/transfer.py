@@ -89,7 +89,8 @@ def export_(
     """
     if output is not None and output.exists() and not force:
         raise CommandError(failures.FAILURE, f"{output} exists already; --force replaces it")
-    chosen = filters(type, status, task, service, mcp, owner) | {"idle_for": idle_for}
+    chosen = filters(type, status, task, service, mcp, owner)
+    chosen["idle_for"] = idle_for
     with opened_store(context, url, namespace, timeout, default_timeout=None) as store:
         is_all = not any(value is not None for value in chosen.values())
         total = store.get_metrics().total_sessions if is_all else None
