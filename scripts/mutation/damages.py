@@ -640,6 +640,16 @@ REAPING = [
         REAP,
     ),
     _damage(
+        "reap", "a pass ends with its first script",
+        "local following = kind <= ENDED_ONES\n", "local following = false\n",
+        REAP,
+    ),
+    _damage(
+        "reap", "the next script of a pass looks at the same heads again",
+        "    offset = offset + 1\n", "",
+        REAP,
+    ),
+    _damage(
         "reap", "passes do not begin at the head again",
         "go_on_at(cut_off and stopped or nil)", "go_on_at(stopped)",
         REAP, MODEL,
