@@ -377,7 +377,7 @@ async def calmly(store: AsyncSessionStore, own: str) -> bool:
     return totals == [first + n for n in range(1, 4)]
 
 
-@proves("cancellations", ordinary=10_000, full=200_000)
+@proves("cancellations", ordinary=5_000, full=200_000)
 def test_in_a_storm_of_cancellations_every_reply_reaches_its_own_caller(
     world: World, attack: Attack
 ) -> None:

@@ -132,7 +132,7 @@ def told(attack: Attack, asked: int, wrong: list[str], **seen: int) -> None:
 
 
 @pytest.mark.parametrize("connections", [50, 3])
-@proves("forks, threads and loops", ordinary=3_000, full=10_000)
+@proves("forks, threads and loops", ordinary=1_500, full=10_000)
 def test_threads_that_share_a_store_get_each_its_own_answers(
     server: PrivateServer, connections: int, world_of: Callable[..., Any], attack: Attack
 ) -> None:
@@ -392,7 +392,7 @@ async def use_as_a_task(store: AsyncSessionStore, name: str) -> list[str]:
     return [f"{name}: {what}" for what, is_right in right.items() if not is_right]
 
 
-@proves("forks, threads and loops", ordinary=2_500, full=10_000)
+@proves("forks, threads and loops", ordinary=1_200, full=10_000)
 def test_many_tasks_share_a_pool_and_get_each_its_own_answers(
     server: PrivateServer, world_of: Callable[..., Any], attack: Attack
 ) -> None:

@@ -598,14 +598,14 @@ def append_in_bad_weather(
     )
 
 
-@proves("bad network", ordinary=48, full=500)
+@proves("bad network", ordinary=20, full=500)
 def test_appends_at_random_faults_are_stored_once_and_in_order(
     world: FaultyWorld, attack: Attack
 ) -> None:
     append_in_bad_weather(world, world.store(), attack)
 
 
-@proves("bad network", ordinary=54, full=400)
+@proves("bad network", ordinary=20, full=400)
 def test_a_client_with_hidden_retries_stores_each_append_once(
     world: FaultyWorld, attack: Attack
 ) -> None:
@@ -660,14 +660,14 @@ def take_turns_in_bad_weather(
     )
 
 
-@proves("bad network", ordinary=48, full=500)
+@proves("bad network", ordinary=20, full=500)
 def test_claims_at_random_faults_happen_once_and_in_order(
     world: FaultyWorld, attack: Attack
 ) -> None:
     take_turns_in_bad_weather(world, world.store(), attack)
 
 
-@proves("bad network", ordinary=54, full=400)
+@proves("bad network", ordinary=20, full=400)
 def test_claims_through_a_client_with_hidden_retries_happen_once(
     world: FaultyWorld, attack: Attack
 ) -> None:

@@ -131,7 +131,7 @@ def tell(attack: Attack, found: dict[str, int]) -> None:
     )
 
 
-@proves("clocks", ordinary=2000, full=20_000)
+@proves("clocks", ordinary=1000, full=20_000)
 def test_workers_whose_clocks_differ_steal_nothing(world: World, attack: Attack) -> None:
     a_turn = len(SHIFTS) * (4 * (len(SHIFTS) - 1) + 1)
     turns = -(-attack.size // a_turn)
