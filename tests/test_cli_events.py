@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import select
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +13,6 @@ import pytest
 from commandline import CommandLine, command_line
 from conftest import SERVERS
 from faults import FaultProxy
-from waiting import until
 
 from sessionstore._server import PrivateServer
 
@@ -118,7 +118,11 @@ def test_follow_begins_with_now_and_ends_with_ctrl_c(cli: CommandLine) -> None:
     process = cli.start("events", "-f")
     assert process.stdout is not None
     assert process.stdout.readline().decode().split() == HEADER
-    until(lambda: cli.redis.pubsub_channels(f"{{{cli.namespace}}}:events"))
+    marker = ""
+    while not select.select([process.stdout], [], [], 0.2)[0]:  # until it has looked where now is
+        marker = cli.store.create_session("claude", "marker", "/src").id
+    while marker not in process.stdout.readline().decode():
+        pass
     session_id = life(cli)
     for event in ("created", "claimed", "released"):
         assert process.stdout.readline().decode().split("\t")[1:3] == [event, session_id]
