@@ -84,8 +84,8 @@ class Incoming:
 
     def begin_anew(self) -> None:
         """What came so far is gone."""
-        self.pending.clear()
-        self.pending_bytes = self.count = self.size = 0
+        self.forget_pending()
+        self.count = self.size = 0
         self.digest = blake2b()
 
     def pages(self) -> Iterator[list[bytes]]:

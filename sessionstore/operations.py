@@ -588,20 +588,20 @@ class SessionOperations:
                 lane=keys.lane,
             )
 
-        first, *others = self.keyspace.all
-
         def rest(answer: Any) -> Generator[Request[Any], Any, list[Reaped]]:
             """Script after script, partition after partition."""
             told: list[Reaped] = []
-            for keys in (first, *others):
-                some, place = answer if keys is first else (yield script(keys))
+            partition = 0
+            while True:
+                some, place = answer
                 told += some
-                while place:
-                    some, place = yield script(keys, place)
-                    told += some
-            return told
+                if not place:
+                    partition += 1
+                    if partition == len(self.keyspace.all):
+                        return told
+                answer = yield script(self.keyspace.all[partition], place)
 
-        return stepwise(script(first), rest)
+        return stepwise(script(self.keyspace.all[0]), rest)
 
     @feed
     def check(self) -> Feed[Problem, Any]:
