@@ -1,4 +1,4 @@
-"""``sessionstore`` through its real entry point: in a pipe, and on a pseudo-terminal."""
+"""``sessionstore`` as a process: in a pipe, and on a pseudo-terminal."""
 
 from __future__ import annotations
 
@@ -6,23 +6,20 @@ import fcntl
 import os
 import pty
 import struct
-import subprocess
-import sys
 import termios
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import redis
+from prestarted import Started
 
 from sessionstore import SessionStore
 from sessionstore._server import PrivateServer
 
-PROGRAM = str(Path(sys.executable).with_name("sessionstore"))
 #: What a user's environment, or a CI service's, could change about colours and settings.
 _UNWANTED = ("NO_COLOR", "FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "COLUMNS", "LINES")
 
@@ -61,16 +58,10 @@ class CommandLine:
         return kept | {name: v for name, v in (set_here | changes).items() if v is not None}
 
     def start(
-        self, *arguments: str, env: dict[str, str | None] | None = None, **options: Any
-    ) -> subprocess.Popen[bytes]:
+        self, *arguments: str, env: dict[str, str | None] | None = None, **streams: int
+    ) -> Started:
         """Start a command; it is killed if it takes a minute, so no test waits for ever."""
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-        process = subprocess.Popen(
-            [PROGRAM, *arguments],
-            env=self.environment(**(env or {})),
-            stdin=subprocess.DEVNULL,
-            **options,
-        )
+        process = Started(list(arguments), self.environment(**(env or {})), **streams)
         watchdog = threading.Timer(60, process.kill)
         watchdog.daemon = True
         watchdog.start()
@@ -81,7 +72,7 @@ class CommandLine:
         """Run a command with its output in pipes."""
         process = self.start(*arguments, env=env)
         out, err = process.communicate()
-        return Finished(process.returncode, out.decode(), err.decode())
+        return Finished(process.wait(), out.decode(), err.decode())
 
     def on_terminal(
         self,

@@ -21,6 +21,7 @@ import pytest
 from commandline import CommandLine, Finished, command_line
 from conftest import PROGRAMS, SERVERS
 from faults import Fault, FaultProxy
+from prestarted import PROGRAM
 from waiting import until
 
 from sessionstore import AgentSession, Lease, LeaseLostError
@@ -427,7 +428,7 @@ def test_following_a_quiet_session_ends_when_the_reader_leaves(cli: CommandLine)
 def test_a_full_disk_is_a_failure_in_one_line(cli: CommandLine) -> None:
     create(cli)
     with Path("/dev/full").open("w") as full:
-        process = cli.start("ls", stdout=full)
+        process = cli.start("ls", stdout=full.fileno())
         _, err = process.communicate()
     assert process.returncode == 1
     assert err == b"error: No space left on device\n"
@@ -656,6 +657,20 @@ def test_version_and_help_need_no_server(cli: CommandLine) -> None:
     assert finished.code == 0
     for command in ("run", "ls", "show", "logs", "metrics", "rm", "reap", "demo"):
         assert f" {command} " in finished.out
+
+
+@pytest.mark.parametrize("arguments", [("ls",), ("--help",), ("ls", "--nonsense"), ("show", "x")])
+def test_the_commands_of_these_tests_are_the_program(
+    cli: CommandLine, arguments: tuple[str, ...]
+) -> None:
+    create(cli)
+    real = subprocess.run([PROGRAM, *arguments], env=cli.environment(), capture_output=True)
+    here = cli.run(*arguments)
+    assert (here.code, here.out, here.err) == (
+        real.returncode,
+        real.stdout.decode(),
+        real.stderr.decode(),
+    )
 
 
 def test_version_loads_no_module_of_a_command() -> None:

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from commandline import PROGRAM, CommandLine, command_line
+from commandline import CommandLine, command_line
 from conftest import SERVERS
 from consistency import assert_consistent
+from prestarted import PROGRAM
 from rawkeys import RawKeys
 
 from sessionstore import Imported
@@ -157,23 +158,17 @@ def test_an_export_that_fails_leaves_no_file(cli: CommandLine, tmp_path: Path) -
 
 def test_an_interrupted_import_goes_on(other: CommandLine, file: Path) -> None:
     lines = file.read_bytes().splitlines(keepends=True)
-    process = subprocess.Popen(
-        [PROGRAM, "import", "-"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=other.environment(),
-    )  # fmt: skip
+    process = other.start("import", "-", stdin=subprocess.PIPE)
     assert process.stdin is not None
-    assert process.stderr is not None
-    with process:
-        process.stdin.write(b"".join(lines[:7]))
-        process.stdin.flush()
-        while not other.store.get_metrics().total_sessions:
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
-        assert process.stderr.read() == (
-            b"interrupted; the same command goes on where this one stopped\n"
-        )
+    process.stdin.write(b"".join(lines[:7]))
+    process.stdin.flush()
+    while not other.store.get_metrics().total_sessions:
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    assert process.communicate()[1] == (
+        b"interrupted; the same command goes on where this one stopped\n"
+    )
     with file.open() as again:
         assert other.store.import_sessions(again) == Imported(imported=1, unchanged=1)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import redis
 from commandline import CommandLine, Finished, command_line
 from conftest import PROGRAMS, SERVERS
 from faults import FaultProxy, contents
+from prestarted import Started
 from waiting import until
 
 from sessionstore import AgentSession
@@ -51,7 +51,7 @@ def rows(tsv: str) -> list[dict[str, str]]:
     return [dict(zip(header, line, strict=True)) for line in lines]
 
 
-def runs(cli: CommandLine, ttl: float, script: str) -> tuple[subprocess.Popen[bytes], AgentSession]:
+def runs(cli: CommandLine, ttl: float, script: str) -> tuple[Started, AgentSession]:
     """A ``run`` of a shell script that has written something, and its session."""
     process = cli.start("run", "--type", "claude", "--ttl", str(ttl), "--", "sh", "-c", script)
     session = until(lambda: next((s for s in cli.store.get_all_sessions() if s.output_total), None))
@@ -235,7 +235,7 @@ def test_a_server_out_of_reach_is_told_and_nothing_else(cli: CommandLine) -> Non
 # ---- Again and again --------------------------------------------------------------------------
 
 
-def lines_of(process: subprocess.Popen[bytes]) -> Iterator[list[str]]:
+def lines_of(process: Started) -> Iterator[list[str]]:
     assert process.stdout is not None
     return (line.decode().rstrip("\n").split("\t") for line in process.stdout)
 

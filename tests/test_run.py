@@ -17,6 +17,7 @@ from uuid import uuid4
 import pytest
 import redis
 from faults import Fault, FaultProxy
+from prestarted import PROGRAM, Started
 from waiting import until
 
 from sessionstore import AgentSession, SessionBusyError, SessionStore
@@ -24,14 +25,12 @@ from sessionstore._server import PrivateServer
 from sessionstore.cli.run import run_command
 from sessionstore.scripts import load
 
-PROGRAM = str(Path(sys.executable).with_name("sessionstore"))
-
 
 class Runner:
     """Runs commands as sessions of one namespace."""
 
     def __init__(self, server: PrivateServer) -> None:
-        self._started: list[subprocess.Popen[bytes]] = []
+        self._started: list[Started] = []
         self.namespace = f"test-{uuid4().hex[:12]}"
         self.store = SessionStore.from_url(server.url, namespace=self.namespace)
         self.redis: Any = redis.Redis.from_url(server.url, decode_responses=True)
@@ -41,20 +40,12 @@ class Runner:
             "SESSIONSTORE_NAMESPACE": self.namespace,
         }
 
-    def start(self, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+    def start(self, *arguments: str, **options: Any) -> Started:
         return self.start_with("--type", "claude", *arguments, **options)
 
-    def start_with(
-        self, *arguments: str, changed: str = "", **options: Any
-    ) -> subprocess.Popen[bytes]:
-        """Start ``run`` with these options; ``changed``: code that first changes the program."""
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-        program = [PROGRAM]
-        if changed:
-            main = "import sys; from sessionstore.cli import main; sys.exit(main())"
-            program = [sys.executable, "-c", f"{changed}\n{main}"]
-        command = [*program, "run", *arguments]
-        process = subprocess.Popen(command, env=self.environment, **options)
+    def start_with(self, *arguments: str, **options: Any) -> Started:
+        """Start ``run`` with these options of its own."""
+        process = Started(["run", *arguments], self.environment, **options)
         self._started.append(process)
         return process
 
@@ -236,8 +227,8 @@ def test_a_reader_that_leaves_ends_the_command_as_in_any_pipeline(runner: Runner
     assert process.stdout is not None
     assert process.stdout.readline() == b"y\n"
     process.stdout.close()
-    with process:
-        assert process.wait(timeout=30) == 128 + signal.SIGPIPE
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGPIPE
     assert runner.session(tail=0).metadata["signal"] == "SIGPIPE"
 
 
