@@ -50,6 +50,7 @@ from sessionstore._call import (
 from sessionstore._operation import AsyncExecutor, SyncExecutor
 from sessionstore.attempts import ATTEMPTS_SHARE, POOL_WAIT_SHARE, Attempts
 from sessionstore.batch import AsyncBatch, Batch, Sender
+from sessionstore.clusters import TaskCluster, ThreadCluster
 from sessionstore.coalescing import LARGE_REPLIES, Coalescer
 from sessionstore.errors import (
     InvalidArgumentError,
@@ -160,6 +161,11 @@ class _Store(SessionOperations):
             pending=lambda request, lane: Pending(self, request, lane),
         )
 
+    def _sent_as(self, request: Request[Any]) -> Any:
+        """The request itself; the script in place of a MULTI, which not every client routes."""
+        on_cluster = isinstance(self._client, (ThreadCluster, TaskCluster))
+        return request.instead if on_cluster and isinstance(request, Snapshot) else request
+
     def _in_order(self, sent: Iterable[Iterable[Command]]) -> Rounds:
         return Rounds(
             [one for several in sent for one in several],
@@ -233,7 +239,7 @@ class SessionStore(_Store, SyncExecutor):
 
     def __init__(
         self,
-        client: redis.Redis | None = None,
+        client: redis.Redis | redis.RedisCluster | None = None,
         *,
         redact: Callable[[str], str] | None = None,
         **settings: Unpack[SettingsArguments],
@@ -489,6 +495,7 @@ class SessionStore(_Store, SyncExecutor):
             lane = None if request.lane is None else self._lanes.take()
 
     def _send(self, request: Request[Any], lane: Lane | None) -> Any:
+        request = self._sent_as(request)
         if isinstance(request, Call):
             one = command(request, lane)
             try:
@@ -498,8 +505,9 @@ class SessionStore(_Store, SyncExecutor):
         if isinstance(request, Several):
             return answer(request, self._send_pipeline(Rounds(commands(request, None))))
         if isinstance(request, Together):
-            sent = [commands(*one) for one in request.requests]
-            return answers(request.requests, sent, self._send_pipeline(self._in_order(sent)))
+            requests = [(self._sent_as(one), lane) for one, lane in request.requests]
+            sent = [commands(*one) for one in requests]
+            return answers(requests, sent, self._send_pipeline(self._in_order(sent)))
         try:
             with self._client.pipeline(transaction=True) as pipe:
                 for words in request.commands:
@@ -608,7 +616,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
                 connecting.connections_of(self._client),
                 lambda: self._own_client,
             )
-            if loaded.coalesce and not isinstance(client, redis.asyncio.RedisCluster)
+            if loaded.coalesce
             else None
         )
 
@@ -815,6 +823,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
             lane = None if request.lane is None else self._lanes.take()
 
     def _send(self, request: Request[Any], lane: Lane | None) -> Awaitable[Any]:
+        request = self._sent_as(request)
         if isinstance(request, Call):
             if self._coalescing is None:
                 return self._send_alone(command(request, lane))
@@ -843,8 +852,9 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         if isinstance(request, Several):
             return answer(request, await self._send_pipeline(Rounds(commands(request, None))))
         if isinstance(request, Together):
-            sent = [commands(*one) for one in request.requests]
-            return answers(request.requests, sent, await self._send_pipeline(self._in_order(sent)))
+            requests = [(self._sent_as(one), lane) for one, lane in request.requests]
+            sent = [commands(*one) for one in requests]
+            return answers(requests, sent, await self._send_pipeline(self._in_order(sent)))
         try:
             async with self._client.pipeline(transaction=True) as pipe:
                 for words in request.commands:
@@ -870,7 +880,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
     async def _publish(self, channel: str, by: float | None) -> None:
         """A word to oneself; it takes no more connections than those who follow."""
         if self._coalescing is not None:
-            await self._coalescing.send(Command(None, (b"PUBLISH", channel.encode(), b"")))
+            await self._coalescing.send(Command(None, ("PUBLISH", channel.encode(), b"")))
         else:
             async with self._news.turn(by):
                 await self._client.publish(channel, "")

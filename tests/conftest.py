@@ -26,6 +26,7 @@ import fakeredis.aioredis
 import programme
 import pytest
 import redis
+from clusters import PrivateCluster
 from programme import attack  # noqa: F401, a fixture
 from rawkeys import RawKeys
 
@@ -37,6 +38,7 @@ from sessionstore.lease import AsyncClaim
 T = TypeVar("T")
 
 FAKEREDIS = "fakeredis"
+CLUSTER = "cluster"
 
 
 def _programs() -> dict[str, ServerProgram]:
@@ -58,6 +60,7 @@ STYLES = ("sync", "async")
 WORLDS = [
     *(f"{style}-{target}" for target in (FAKEREDIS, *SERVERS) for style in STYLES),
     *(f"{style}-{target}-16" for target in SERVERS for style in STYLES),
+    *(f"{style}-{CLUSTER}-{n}" for n in (1, 16, 256) for style in STYLES),
 ]
 EVERY_SERVER = "--every-server"
 SERVER_FIXTURES = ("server", "own_server")
@@ -112,13 +115,14 @@ def _params(item: Any) -> dict[str, Any]:
     return getattr(getattr(item, "callspec", None), "params", {})
 
 
-def _worlds_of(turn: int) -> tuple[str, str, str]:
+def _worlds_of(turn: int) -> tuple[str, ...]:
     server, style = turn % len(SERVERS), turn // len(SERVERS) % 2
     following = SERVERS[(server + 1) % len(SERVERS)]
     return (
         f"{STYLES[style]}-{FAKEREDIS}",
         f"{STYLES[1 - style]}-{SERVERS[server]}",
         f"{STYLES[style]}-{following}-16",
+        f"{STYLES[turn // 3 % 2]}-{CLUSTER}-{(1, 16, 256)[turn % 3]}",
     )
 
 
@@ -146,13 +150,17 @@ def pytest_sessionstart() -> None:
 
 
 @pytest.fixture(scope="session")
-def running() -> Iterator[Callable[[str], PrivateServer]]:
-    """The running server of a program's name; started when first asked for."""
-    servers: dict[str, PrivateServer] = {}
+def running() -> Iterator[Callable[[str], Any]]:
+    """The running server of a program's name, or the cluster; started when first asked for."""
+    servers: dict[str, Any] = {}
 
-    def get(name: str) -> PrivateServer:
+    def get(name: str) -> Any:
         if name not in servers:
-            servers[name] = PrivateServer(PROGRAMS[name])
+            servers[name] = (
+                PrivateCluster(PROGRAMS[SERVERS[-1]])
+                if name == CLUSTER
+                else PrivateServer(PROGRAMS[name])
+            )
         return servers[name]
 
     yield get
@@ -240,7 +248,9 @@ class World(RawKeys):
     def client(self, **options: Any) -> redis.Redis:
         """A plain blocking client of the same server."""
         if self.url is None:
-            client: redis.Redis = fakeredis.FakeRedis(server=self._fake, **options)
+            client: Any = fakeredis.FakeRedis(server=self._fake, **options)
+        elif self.target == CLUSTER:
+            client = redis.RedisCluster.from_url(self.url, **options)
         else:
             client = redis.Redis.from_url(self.url, **options)
         self._opened.append(client)
@@ -249,6 +259,7 @@ class World(RawKeys):
     def store(self, *, redact: Callable[[str], str] | None = None, **settings: Any) -> Any:
         """A store of this style, its methods blocking in either case."""
         settings = {"namespace": self.namespace, "partitions": self.partitions} | settings
+        settings |= {"cluster": True} if self.target == CLUSTER else {}
         if self.style == "sync":
             if self.url is not None:
                 store: Any = SessionStore.from_url(self.url, redact=redact, **settings)
