@@ -152,7 +152,7 @@ class PrivateServer:
             if self._wait_until_ready(port):
                 self.port = port
                 return
-            self._release("kill")
+            self.kill()  # its directory stays, for the next attempt
         log = self.log.read_text(errors="replace")[-2000:] if self.log.exists() else ""
         raise ServerNotFoundError(f"{self.program.path} does not start:\n{log}")
 
