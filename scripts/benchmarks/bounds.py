@@ -105,12 +105,13 @@ def _listing(store: SessionStore, bare: Any) -> dict[str, Work]:
     def pages() -> None:
         call = SessionStore.find_sessions.__wrapped__(store, limit=1000)
         sha = bare.script_load(load(call.script).text)
-        score, last = "", ""
-        for _ in range(2):
+        score, last, rows = "", "", 0
+        while rows < 1000:
             args = [*call.args]
             args[2:4] = score, last
             reply = bare.execute_command("EVALSHA", sha, len(call.keys), *call.keys, *args)
             score, last = reply[1:3]
+            rows += len(reply[4])
 
     def without_collector() -> None:
         gc.disable()
