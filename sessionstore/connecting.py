@@ -59,10 +59,12 @@ def connect_async(url: str, settings: StoreSettings) -> redis.asyncio.Redis | Ta
 
 
 def _options(settings: StoreSettings, retry: Any, **more: Any) -> dict[str, Any]:
+    # After a failure a cluster client learns the topology: an attempt may wait for two nodes.
+    nodes = 2 if settings.cluster else 1
     return {
         "retry": retry,  # never: the store itself decides when to try again
-        "socket_connect_timeout": settings.deadline * CONNECT_SHARE,
-        "socket_timeout": settings.deadline * READ_SHARE,
+        "socket_connect_timeout": settings.deadline * CONNECT_SHARE / nodes,
+        "socket_timeout": settings.deadline * READ_SHARE / nodes,
         # With RESP 3, redis-py 8.1's asyncio client does not notice idle connections that the
         # server has closed.
         "protocol": 2,
