@@ -168,8 +168,9 @@ class ThreadPipeline(_Pipeline):
             return _merged(replies, counts)
 
     def _send(self, routed: Sequence[tuple[Any, Words, dict[str, Any]]]) -> list[Any]:
+        noted: Any = PipelineCommand  # redis-py has no types for it
         stack = [
-            PipelineCommand(words, {"target_nodes": [node], **options}, number)
+            noted(words, {"target_nodes": [node], **options}, number)
             for number, (node, words, options) in enumerate(routed)
         ]
         with self._client.pipeline() as pipe:
@@ -279,7 +280,8 @@ class TaskCluster:
     def __init__(self, client: redis.asyncio.RedisCluster, *, decodes: bool = False) -> None:
         self._client: Any = client
         self.decodes = decodes
-        self.max_connections: int = client.get_connection_kwargs()["max_connections"]
+        options: dict[str, Any] = client.get_connection_kwargs()
+        self.max_connections = int(options["max_connections"])  # to each node
 
     def execute_command(self, *words: Any, **options: Any) -> Awaitable[Any]:
         return self._translated(self._client.execute_command(*words, **options))

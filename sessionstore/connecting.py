@@ -34,13 +34,12 @@ def url_from_environment() -> str:
     return url
 
 
-def connect(url: str, settings: StoreSettings) -> redis.Redis | ThreadCluster:
+def connect(url: str, settings: StoreSettings) -> Any:
     """A client with blocking pools and finite waits."""
     retry = Retry(NoBackoff(), 0)
     if settings.cluster:
-        pools: Any = partial(
-            redis.BlockingConnectionPool, timeout=settings.deadline * POOL_WAIT_SHARE
-        )
+        blocking: Any = redis.BlockingConnectionPool
+        pools = partial(blocking, timeout=settings.deadline * POOL_WAIT_SHARE)
         options = _options(settings, retry, max_connections=settings.max_connections)
         _of_cluster(redis.asyncio.RedisCluster, url, options)  # refuses what is no URL, now
         options["connection_pool_class"] = pools
@@ -48,7 +47,7 @@ def connect(url: str, settings: StoreSettings) -> redis.Redis | ThreadCluster:
     return redis.Redis.from_pool(_pool(redis.BlockingConnectionPool, url, settings, retry))
 
 
-def connect_async(url: str, settings: StoreSettings) -> redis.asyncio.Redis | TaskCluster:
+def connect_async(url: str, settings: StoreSettings) -> Any:
     """The same for asyncio. The pools of a cluster client do not block, its calls wait instead."""
     retry = AsyncRetry(NoBackoff(), 0)
     if settings.cluster:
@@ -75,9 +74,10 @@ def _options(settings: StoreSettings, retry: Any, **more: Any) -> dict[str, Any]
 
 def _pool(pool_class: Any, url: Any, settings: StoreSettings, retry: Any) -> Any:
     options = _options(settings, retry)
+    _refuse_other_than_text(url)
     try:
         pool = pool_class.from_url(
-            _text(url),
+            url,
             max_connections=settings.max_connections,
             timeout=settings.deadline * POOL_WAIT_SHARE,
             **options,
@@ -92,8 +92,9 @@ def _pool(pool_class: Any, url: Any, settings: StoreSettings, retry: Any) -> Any
 
 
 def _of_cluster(client_class: Any, url: Any, options: dict[str, Any]) -> Any:
+    _refuse_other_than_text(url)
     try:
-        return client_class.from_url(_text(url), require_full_coverage=False, **options)
+        return client_class.from_url(url, require_full_coverage=False, **options)
     except (ValueError, TypeError):
         raise _bad_url("redis://[[USER]:PASSWORD@]HOST[:PORT] or rediss://…") from None
     except RedisClusterException as error:
@@ -102,10 +103,9 @@ def _of_cluster(client_class: Any, url: Any, options: dict[str, Any]) -> Any:
         raise
 
 
-def _text(url: object) -> str:
+def _refuse_other_than_text(url: object) -> None:
     if not isinstance(url, str):
         raise InvalidArgumentError.of("url", f"must be a str, not {type(url).__name__}")
-    return url
 
 
 def _bad_url(forms: str) -> InvalidArgumentError:

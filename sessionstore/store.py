@@ -598,7 +598,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
 
     def __init__(
         self,
-        client: redis.asyncio.Redis | None = None,
+        client: redis.asyncio.Redis | redis.asyncio.RedisCluster | None = None,
         *,
         redact: Callable[[str], str] | None = None,
         **settings: Unpack[SettingsArguments],

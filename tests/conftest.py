@@ -57,9 +57,12 @@ PROGRAMS = _programs()
 SERVERS = tuple(PROGRAMS)
 STYLES = ("sync", "async")
 #: Every world's name: style, target, and the number of partitions unless it is one.
-WORLDS = [
+ON_ONE_SERVER = [
     *(f"{style}-{target}" for target in (FAKEREDIS, *SERVERS) for style in STYLES),
     *(f"{style}-{target}-16" for target in SERVERS for style in STYLES),
+]
+WORLDS = [
+    *ON_ONE_SERVER,
     *(f"{style}-{CLUSTER}-{n}" for n in (1, 16, 256) for style in STYLES),
 ]
 EVERY_SERVER = "--every-server"
@@ -80,7 +83,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Let the servers take turns: each test on one of them, unless every one is asked for.
 
     What a store does with a reply, and how it spreads keys, is this side's. So a contract test runs
-    on fakeredis and on one server, in different styles, and with 16 partitions on the next server.
+    on fakeredis and on one server, in different styles, and with 16 partitions on the next server;
+    every fourth on a cluster too.
     """
     every, asked = config.getoption(EVERY_SERVER), config.getoption(programme.ATTACK)
     offered: dict[tuple[Any, ...], dict[Any, None]] = {}
@@ -95,7 +99,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             choice = list(offered.get((item.path, _name(item), name), ()))
             if name in SERVER_FIXTURES and value != choice[turn % len(choice)]:
                 return False
-            if choice == WORLDS and value not in _worlds_of(turn):
+            if choice in (WORLDS, ON_ONE_SERVER) and value not in _worlds_of(turn):
                 return False
         return True
 
@@ -118,12 +122,14 @@ def _params(item: Any) -> dict[str, Any]:
 def _worlds_of(turn: int) -> tuple[str, ...]:
     server, style = turn % len(SERVERS), turn // len(SERVERS) % 2
     following = SERVERS[(server + 1) % len(SERVERS)]
-    return (
+    worlds = (
         f"{STYLES[style]}-{FAKEREDIS}",
         f"{STYLES[1 - style]}-{SERVERS[server]}",
         f"{STYLES[style]}-{following}-16",
-        f"{STYLES[turn // 3 % 2]}-{CLUSTER}-{(1, 16, 256)[turn % 3]}",
     )
+    if turn // 4 % 4:
+        return worlds
+    return (*worlds, f"{STYLES[turn // 16 % 2]}-{CLUSTER}-{(1, 16, 256)[turn // 32 % 3]}")
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

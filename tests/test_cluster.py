@@ -16,6 +16,7 @@ from clusters import PrivateCluster
 from conftest import PROGRAMS
 from programme import Attack, controls, proves
 from rawkeys import RawKeys, crc16
+from waiting import until
 from workers import Appending, at_work
 
 from sessionstore import SessionStore
@@ -144,3 +145,20 @@ def test_a_primary_dies_and_its_replica_goes_on(
         lost_in_failovers=lost,
         longest_failover_ms=round(1000 * max(end - begin - 1.0 for begin, end in failovers)),
     )
+
+
+@controls("cluster failover", ordinary=1)
+def test_without_a_replica_a_dead_primary_takes_its_sessions_with_it(
+    cluster: PrivateCluster, attack: Attack
+) -> None:
+    settings: dict[str, Any] = {"cluster": True, "partitions": 16, "life": Appending}
+    with at_work(cluster.url, threads=4, deadline=2.0, **settings) as work:
+        work.wait_for_turns(20)
+        client: Any = None
+        prefix = RawKeys(client, work.namespace, 16).prefix_of(work.lives[0].session_id)
+        killed = cluster.owner_of(slot_of(prefix))
+        killed.kill()
+        until(lambda: work.lives[0].wrong_answers)
+        killed.start()
+        work.wait_for_turns(1)
+    attack.tell(injected=attack.size, wrong=work.broken(), **work.seen())
