@@ -21,6 +21,9 @@ from workers import Appending, at_work
 
 from sessionstore import SessionStore
 
+#: redis-py's asyncio client drops a node that it has found anew with its connections open.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.fixture(params=PROGRAMS)
 def program(request: pytest.FixtureRequest) -> str:
