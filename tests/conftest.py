@@ -66,7 +66,7 @@ WORLDS = [
     *(f"{style}-{CLUSTER}-{n}" for n in (1, 16, 256) for style in STYLES),
 ]
 EVERY_SERVER = "--every-server"
-SERVER_FIXTURES = ("server", "own_server")
+SERVER_FIXTURES = ("server", "own_server", "cluster_program")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -84,7 +84,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     What a store does with a reply, and how it spreads keys, is this side's. So a contract test runs
     on fakeredis and on one server, in different styles, and with 16 partitions on the next server;
-    every fourth on a cluster too.
+    every eighth on a cluster too.
     """
     every, asked = config.getoption(EVERY_SERVER), config.getoption(programme.ATTACK)
     offered: dict[tuple[Any, ...], dict[Any, None]] = {}
@@ -127,9 +127,9 @@ def _worlds_of(turn: int) -> tuple[str, ...]:
         f"{STYLES[1 - style]}-{SERVERS[server]}",
         f"{STYLES[style]}-{following}-16",
     )
-    if turn // 4 % 4:
+    if turn // 4 % 8:
         return worlds
-    return (*worlds, f"{STYLES[turn // 16 % 2]}-{CLUSTER}-{(1, 16, 256)[turn // 32 % 3]}")
+    return (*worlds, f"{STYLES[turn // 32 % 2]}-{CLUSTER}-{(1, 16, 256)[turn // 64 % 3]}")
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -26,22 +26,22 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 
 @pytest.fixture(params=PROGRAMS)
-def program(request: pytest.FixtureRequest) -> str:
+def cluster_program(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture
-def cluster(program: str) -> Iterator[PrivateCluster]:
+def cluster(cluster_program: str) -> Iterator[PrivateCluster]:
     """Three primaries, for this test alone."""
-    with PrivateCluster(PROGRAMS[program]) as started:
+    with PrivateCluster(PROGRAMS[cluster_program]) as started:
         yield started
 
 
 @pytest.fixture
-def replicated(program: str) -> Iterator[PrivateCluster]:
+def replicated(cluster_program: str) -> Iterator[PrivateCluster]:
     """Three primaries with a replica each."""
     options = ("--appendonly", "yes", "--appendfsync", "no")
-    with PrivateCluster(PROGRAMS[program], replicas=1, arguments=options) as started:
+    with PrivateCluster(PROGRAMS[cluster_program], replicas=1, arguments=options) as started:
         yield started
 
 
@@ -70,7 +70,7 @@ def move_in_turn(
 
 
 @pytest.mark.parametrize("style", ["sync", "async"])
-@proves("slots move", ordinary=8, full=40)
+@proves("slots move", ordinary=3, full=40)
 def test_slots_move_and_no_worker_notices(
     cluster: PrivateCluster, style: str, attack: Attack
 ) -> None:
@@ -87,7 +87,7 @@ def test_slots_move_and_no_worker_notices(
     )
 
 
-@controls("slots move", ordinary=8)
+@controls("slots move", ordinary=3)
 def test_a_script_without_a_guard_fails_when_half_its_keys_have_moved(
     cluster: PrivateCluster, attack: Attack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
