@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import redis
 import redis.asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
+from redis.exceptions import RedisClusterException
 from redis.retry import Retry
 
 from sessionstore.attempts import CONNECT_SHARE, POOL_WAIT_SHARE, READ_SHARE
+from sessionstore.clusters import TaskCluster, ThreadCluster
 from sessionstore.errors import InvalidArgumentError
 from sessionstore.settings import StoreSettings
 
@@ -31,51 +34,93 @@ def url_from_environment() -> str:
     return url
 
 
-def connect(url: str, settings: StoreSettings) -> redis.Redis:
-    """A client with a blocking pool and finite waits."""
-    pool = _pool(redis.BlockingConnectionPool, url, settings, Retry(NoBackoff(), 0))
-    return redis.Redis.from_pool(pool)
+def connect(url: str, settings: StoreSettings) -> Any:
+    """A client with blocking pools and finite waits."""
+    retry = Retry(NoBackoff(), 0)
+    if settings.cluster:
+        blocking: Any = redis.BlockingConnectionPool
+        pools = partial(blocking, timeout=settings.deadline * POOL_WAIT_SHARE)
+        options = _options(settings, retry, max_connections=settings.max_connections)
+        _of_cluster(redis.asyncio.RedisCluster, url, options)  # refuses what is no URL, now
+        options["connection_pool_class"] = pools
+        return ThreadCluster(partial(_of_cluster, redis.RedisCluster, url, options))
+    return redis.Redis.from_pool(_pool(redis.BlockingConnectionPool, url, settings, retry))
 
 
-def connect_async(url: str, settings: StoreSettings) -> redis.asyncio.Redis:
-    """The same for asyncio."""
-    pool = _pool(redis.asyncio.BlockingConnectionPool, url, settings, AsyncRetry(NoBackoff(), 0))
+def connect_async(url: str, settings: StoreSettings) -> Any:
+    """The same for asyncio. The pools of a cluster client do not block, its calls wait instead."""
+    retry = AsyncRetry(NoBackoff(), 0)
+    if settings.cluster:
+        options = _options(settings, retry, max_connections=settings.max_connections)
+        return TaskCluster(_of_cluster(redis.asyncio.RedisCluster, url, options))
+    pool = _pool(redis.asyncio.BlockingConnectionPool, url, settings, retry)
     return redis.asyncio.Redis.from_pool(pool)
 
 
-def _pool(pool_class: Any, url: Any, settings: StoreSettings, retry: Any) -> Any:
-    if not isinstance(url, str):
-        raise InvalidArgumentError.of("url", f"must be a str, not {type(url).__name__}")
-    ours = {
+def _options(settings: StoreSettings, retry: Any, **more: Any) -> dict[str, Any]:
+    # After a failure a cluster client learns the topology: an attempt may wait for two nodes.
+    nodes = 2 if settings.cluster else 1
+    return {
         "retry": retry,  # never: the store itself decides when to try again
-        "socket_connect_timeout": settings.deadline * CONNECT_SHARE,
-        "socket_timeout": settings.deadline * READ_SHARE,
+        "socket_connect_timeout": settings.deadline * CONNECT_SHARE / nodes,
+        "socket_timeout": settings.deadline * READ_SHARE / nodes,
         # With RESP 3, redis-py 8.1's asyncio client does not notice idle connections that the
         # server has closed.
         "protocol": 2,
         "encoding": "utf-8",
+        **more,
     }
+
+
+def _pool(pool_class: Any, url: Any, settings: StoreSettings, retry: Any) -> Any:
+    options = _options(settings, retry)
+    _refuse_other_than_text(url)
     try:
         pool = pool_class.from_url(
             url,
             max_connections=settings.max_connections,
             timeout=settings.deadline * POOL_WAIT_SHARE,
-            **ours,
+            **options,
         )
-        pool.connection_kwargs.update(ours)  # also over what the URL asks for: the deadline counts
+        pool.connection_kwargs.update(options)  # also over what the URL asks for
         pool.connection_class(**pool.connection_kwargs)  # an unknown option fails here, not later
     except (ValueError, TypeError):
-        # Without redis-py's own words: they may quote a part of the password.
-        raise InvalidArgumentError.of(
-            "url",
-            "is not valid: it must be redis://[[USER]:PASSWORD@]HOST[:PORT][/DB], rediss://… or "
-            "unix://PATH, the password percent-encoded, with options that redis-py knows",
+        raise _bad_url(
+            "redis://[[USER]:PASSWORD@]HOST[:PORT][/DB], rediss://… or unix://PATH"
         ) from None
     return pool
 
 
+def _of_cluster(client_class: Any, url: Any, options: dict[str, Any]) -> Any:
+    _refuse_other_than_text(url)
+    try:
+        return client_class.from_url(url, require_full_coverage=False, **options)
+    except (ValueError, TypeError):
+        raise _bad_url("redis://[[USER]:PASSWORD@]HOST[:PORT] or rediss://…") from None
+    except RedisClusterException as error:
+        if "cluster mode" in str(error):  # of a database, or of a socket
+            raise _bad_url("redis://[[USER]:PASSWORD@]HOST[:PORT] or rediss://…") from None
+        raise
+
+
+def _refuse_other_than_text(url: object) -> None:
+    if not isinstance(url, str):
+        raise InvalidArgumentError.of("url", f"must be a str, not {type(url).__name__}")
+
+
+def _bad_url(forms: str) -> InvalidArgumentError:
+    # Without redis-py's own words: they may quote a part of the password.
+    return InvalidArgumentError.of(
+        "url",
+        f"is not valid: it must be {forms}, the password percent-encoded, with options that "
+        "redis-py knows",
+    )
+
+
 def connections_of(client: Any) -> int | None:
     """How many connections an asyncio client's pool gives out before it raises; None: it waits."""
+    if isinstance(client, TaskCluster):
+        return client.max_connections
     pool = getattr(client, "connection_pool", None)
     if isinstance(pool, redis.asyncio.BlockingConnectionPool):
         return None
@@ -85,12 +130,18 @@ def connections_of(client: Any) -> int | None:
 
 def accepted(client: object) -> Any:
     """The caller's client; one of the wrong kind would fail later, and in words of its own."""
-    return _of_kind(client, "redis.Redis", not_of=_ASYNC)
+    client = _of_kind(client, "redis.Redis", not_of=_ASYNC)
+    if isinstance(client, redis.RedisCluster):
+        return ThreadCluster(lambda: client, decodes=decodes(client))
+    return client
 
 
 def accepted_async(client: object) -> Any:
     """The caller's asyncio client."""
-    return _of_kind(client, "redis.asyncio.Redis", not_of=_SYNC)
+    client = _of_kind(client, "redis.asyncio.Redis", not_of=_SYNC)
+    if isinstance(client, redis.asyncio.RedisCluster):
+        return TaskCluster(client, decodes=decodes(client))
+    return client
 
 
 def _of_kind(client: object, wanted: str, not_of: tuple[type, ...]) -> Any:
@@ -112,6 +163,8 @@ def _of_kind(client: object, wanted: str, not_of: tuple[type, ...]) -> Any:
 
 def decodes(client: Any) -> bool:
     """Whether a client answers in text unless it is asked not to."""
+    if isinstance(client, (ThreadCluster, TaskCluster)):
+        return client.decodes
     return hasattr(client, "get_encoder") and bool(client.get_encoder().decode_responses)
 
 

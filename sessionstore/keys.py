@@ -101,6 +101,11 @@ class Keys:
     def by_owner(self, owner: str) -> str:
         return f"{self.prefix}sessions:owner:{owner}"
 
+    @staticmethod
+    def guard_of(key: str) -> str:
+        """The key in a key's slot that is never there; see ``clusters.py``."""
+        return f"{key[: key.index('}')]}}}:never"
+
     def lane(self, name: str) -> str:
         return f"{self.prefix}lane:{name}"
 

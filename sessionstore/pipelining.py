@@ -27,8 +27,9 @@ from redis.exceptions import NoScriptError
 
 from sessionstore._call import Call, Several, Snapshot
 from sessionstore.errors import own_copy
+from sessionstore.keys import Keys
 from sessionstore.lanes import Lane
-from sessionstore.scripts import Script, load, variant
+from sessionstore.scripts import Script, guarded, load, variant
 
 #: A request that is no batch of others.
 Single: TypeAlias = Call[Any] | Snapshot[Any] | Several[Any]
@@ -59,17 +60,19 @@ class Command(NamedTuple):
         return self.operands if self.script is None else ("EVAL", self.script.text, *self.operands)
 
 
-def command(call: Call[Any], lane: Lane | None) -> Command:
-    """The command that a call is."""
-    if lane is None or call.lane is None:
-        return Command(load(call.script), (len(call.keys), *call.keys, *call.args))
-    keys = (call.lane(lane.name), *call.keys)
-    return Command(load(call.script), (len(keys), *keys, lane.sequence, *call.args))
+def command(call: Call[Any], lane: Lane | None, *, is_guarded: bool = False) -> Command:
+    """The command that a call is; ``is_guarded``: with the guard of ``clusters.py``."""
+    script, keys, args = load(call.script), call.keys, call.args
+    if lane is not None and call.lane is not None:
+        keys, args = (call.lane(lane.name), *keys), (lane.sequence, *args)
+    if is_guarded:
+        script, keys = guarded(script), (*keys, Keys.guard_of(keys[0]))
+    return Command(script, (len(keys), *keys, *args))
 
 
-def encoded(call: Call[Any], lane: Lane | None) -> Command:
+def encoded(call: Call[Any], lane: Lane | None, *, is_guarded: bool = False) -> Command:
     """The same in bytes: redis-py's asyncio client takes four times as long to encode it."""
-    script, operands = command(call, lane)
+    script, operands = command(call, lane, is_guarded=is_guarded)
     return Command(script, tuple([_bytes(one) for one in operands]))
 
 
@@ -77,12 +80,12 @@ def _bytes(one: str | int | bytes) -> bytes:
     return one if type(one) is bytes else str(one).encode()
 
 
-def commands(request: Single, lane: Lane | None) -> list[Command]:
+def commands(request: Single, lane: Lane | None, *, is_guarded: bool = False) -> list[Command]:
     """The commands that a request is, within a pipeline."""
     if isinstance(request, Call):
-        return [command(request, lane)]
+        return [command(request, lane, is_guarded=is_guarded)]
     if isinstance(request, Several):
-        return [command(call, None) for call in request.calls]
+        return [command(call, None, is_guarded=is_guarded) for call in request.calls]
     words: list[Words] = [("MULTI",), *request.commands, ("EXEC",)]
     return [Command(None, one) for one in words]
 

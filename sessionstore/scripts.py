@@ -42,5 +42,11 @@ def variant(script: Script, number: int) -> Script:
     return _script(f"{script.text}\n-- variant {number}\n")
 
 
+@cache
+def guarded(script: Script) -> Script:
+    """The same script for one more key, the last: that of ``Keys.guard_of``."""
+    return _script(f"table.remove(KEYS) -- the guard\n{script.text}")
+
+
 def _script(text: str) -> Script:
     return Script(text, sha1(text.encode(), usedforsecurity=False).hexdigest())

@@ -27,6 +27,7 @@ class SettingsArguments(TypedDict, total=False):
     chunk_limit: int
     types: frozenset[str] | set[str] | list[str] | tuple[str, ...] | None
     partitions: int
+    cluster: bool
     deadline: float
     max_connections: int
     allow_eviction: bool
@@ -59,6 +60,9 @@ class StoreSettings(BaseModel, frozen=True, extra="forbid"):
     partitions: Annotated[
         Literal[1, 16, 256], Field(description="into how many hash slots the namespace is spread")
     ] = 1
+    cluster: Annotated[bool, Field(description="the URL is that of a node of a Redis Cluster")] = (
+        False
+    )
     deadline: Annotated[
         float, Field(gt=0, le=60, description="seconds a call may take over all its attempts")
     ] = 10.0

@@ -32,7 +32,6 @@ from redis.exceptions import (
     NoScriptError,
     OutOfMemoryError,
     RedisError,
-    ResponseError,
 )
 
 from sessionstore import connecting, lease, opening, writer, writing
@@ -50,6 +49,7 @@ from sessionstore._call import (
 from sessionstore._operation import AsyncExecutor, SyncExecutor
 from sessionstore.attempts import ATTEMPTS_SHARE, POOL_WAIT_SHARE, Attempts
 from sessionstore.batch import AsyncBatch, Batch, Sender
+from sessionstore.clusters import TaskCluster, ThreadCluster
 from sessionstore.coalescing import LARGE_REPLIES, Coalescer
 from sessionstore.errors import (
     InvalidArgumentError,
@@ -67,10 +67,10 @@ from sessionstore.operations import SessionOperations
 from sessionstore.pipelining import (
     Command,
     Rounds,
+    Single,
     Words,
     answer,
     answers,
-    command,
     commands,
     encoded,
 )
@@ -160,6 +160,17 @@ class _Store(SessionOperations):
             pending=lambda request, lane: Pending(self, request, lane),
         )
 
+    @property
+    def _on_cluster(self) -> bool:
+        return isinstance(self._client, (ThreadCluster, TaskCluster))
+
+    def _sent_as(self, request: Request[Any]) -> Any:
+        """The request itself; on a cluster the script in place of a MULTI."""
+        return request.instead if isinstance(request, Snapshot) and self._on_cluster else request
+
+    def _commands(self, request: Single, lane: Lane | None) -> list[Command]:
+        return commands(request, lane, is_guarded=self._on_cluster)
+
     def _in_order(self, sent: Iterable[Iterable[Command]]) -> Rounds:
         return Rounds(
             [one for several in sent for one in several],
@@ -203,13 +214,13 @@ class _Store(SessionOperations):
 
     def _opening(self) -> list[Words]:
         """The commands that are sent before all others: what they tell, ``_check_opened`` reads."""
-        opened = command(opening.open_store(self.keyspace, self.settings), None)
+        (opened,) = self._commands(opening.open_store(self.keyspace, self.settings), None)
         return [opened.eval, opening.INFO, ("SCRIPT", "LOAD", load("ping").text)]
 
     def _check_opened(self, replies: list[Any]) -> None:
         meta, info, loaded = replies
         self._may_load_scripts = not isinstance(loaded, NoPermissionError)
-        if isinstance(meta, ResponseError):
+        if isinstance(meta, Exception):
             raise meta
         opening.check_layout(meta, self.settings)
         warning = opening.check_server(info, self.settings)
@@ -233,7 +244,7 @@ class SessionStore(_Store, SyncExecutor):
 
     def __init__(
         self,
-        client: redis.Redis | None = None,
+        client: redis.Redis | redis.RedisCluster | None = None,
         *,
         redact: Callable[[str], str] | None = None,
         **settings: Unpack[SettingsArguments],
@@ -489,17 +500,19 @@ class SessionStore(_Store, SyncExecutor):
             lane = None if request.lane is None else self._lanes.take()
 
     def _send(self, request: Request[Any], lane: Lane | None) -> Any:
+        request = self._sent_as(request)
         if isinstance(request, Call):
-            one = command(request, lane)
+            (one,) = self._commands(request, lane)
             try:
                 return self._client.execute_command(*one.evalsha, **self._in_bytes)
             except NoScriptError:
                 return self._client.execute_command(*one.eval, **self._in_bytes)
         if isinstance(request, Several):
-            return answer(request, self._send_pipeline(Rounds(commands(request, None))))
+            return answer(request, self._send_pipeline(Rounds(self._commands(request, None))))
         if isinstance(request, Together):
-            sent = [commands(*one) for one in request.requests]
-            return answers(request.requests, sent, self._send_pipeline(self._in_order(sent)))
+            requests = [(self._sent_as(one), lane) for one, lane in request.requests]
+            sent = [self._commands(*one) for one in requests]
+            return answers(requests, sent, self._send_pipeline(self._in_order(sent)))
         try:
             with self._client.pipeline(transaction=True) as pipe:
                 for words in request.commands:
@@ -585,7 +598,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
 
     def __init__(
         self,
-        client: redis.asyncio.Redis | None = None,
+        client: redis.asyncio.Redis | redis.asyncio.RedisCluster | None = None,
         *,
         redact: Callable[[str], str] | None = None,
         **settings: Unpack[SettingsArguments],
@@ -608,7 +621,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
                 connecting.connections_of(self._client),
                 lambda: self._own_client,
             )
-            if loaded.coalesce and not isinstance(client, redis.asyncio.RedisCluster)
+            if loaded.coalesce
             else None
         )
 
@@ -815,11 +828,13 @@ class AsyncSessionStore(_Store, AsyncExecutor):
             lane = None if request.lane is None else self._lanes.take()
 
     def _send(self, request: Request[Any], lane: Lane | None) -> Awaitable[Any]:
+        request = self._sent_as(request)
         if isinstance(request, Call):
             if self._coalescing is None:
-                return self._send_alone(command(request, lane))
+                return self._send_alone(*self._commands(request, lane))
             return self._coalescing.send(
-                encoded(request, lane), has_large_reply=request.script in LARGE_REPLIES
+                encoded(request, lane, is_guarded=self._on_cluster),
+                has_large_reply=request.script in LARGE_REPLIES,
             )
         return self._send_several(request)
 
@@ -841,10 +856,11 @@ class AsyncSessionStore(_Store, AsyncExecutor):
 
     async def _send_at_once(self, request: Several[Any] | Together[Any] | Snapshot[Any]) -> Any:
         if isinstance(request, Several):
-            return answer(request, await self._send_pipeline(Rounds(commands(request, None))))
+            return answer(request, await self._send_pipeline(Rounds(self._commands(request, None))))
         if isinstance(request, Together):
-            sent = [commands(*one) for one in request.requests]
-            return answers(request.requests, sent, await self._send_pipeline(self._in_order(sent)))
+            requests = [(self._sent_as(one), lane) for one, lane in request.requests]
+            sent = [self._commands(*one) for one in requests]
+            return answers(requests, sent, await self._send_pipeline(self._in_order(sent)))
         try:
             async with self._client.pipeline(transaction=True) as pipe:
                 for words in request.commands:
@@ -870,7 +886,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
     async def _publish(self, channel: str, by: float | None) -> None:
         """A word to oneself; it takes no more connections than those who follow."""
         if self._coalescing is not None:
-            await self._coalescing.send(Command(None, (b"PUBLISH", channel.encode(), b"")))
+            await self._coalescing.send(Command(None, ("PUBLISH", channel.encode(), b"")))
         else:
             async with self._news.turn(by):
                 await self._client.publish(channel, "")

@@ -26,6 +26,7 @@ import fakeredis.aioredis
 import programme
 import pytest
 import redis
+from clusters import PrivateCluster
 from programme import attack  # noqa: F401, a fixture
 from rawkeys import RawKeys
 
@@ -37,6 +38,7 @@ from sessionstore.lease import AsyncClaim
 T = TypeVar("T")
 
 FAKEREDIS = "fakeredis"
+CLUSTER = "cluster"
 
 
 def _programs() -> dict[str, ServerProgram]:
@@ -55,12 +57,16 @@ PROGRAMS = _programs()
 SERVERS = tuple(PROGRAMS)
 STYLES = ("sync", "async")
 #: Every world's name: style, target, and the number of partitions unless it is one.
-WORLDS = [
+ON_ONE_SERVER = [
     *(f"{style}-{target}" for target in (FAKEREDIS, *SERVERS) for style in STYLES),
     *(f"{style}-{target}-16" for target in SERVERS for style in STYLES),
 ]
+WORLDS = [
+    *ON_ONE_SERVER,
+    *(f"{style}-{CLUSTER}-{n}" for n in (1, 16, 256) for style in STYLES),
+]
 EVERY_SERVER = "--every-server"
-SERVER_FIXTURES = ("server", "own_server")
+SERVER_FIXTURES = ("server", "own_server", "cluster_program")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -77,7 +83,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Let the servers take turns: each test on one of them, unless every one is asked for.
 
     What a store does with a reply, and how it spreads keys, is this side's. So a contract test runs
-    on fakeredis and on one server, in different styles, and with 16 partitions on the next server.
+    on fakeredis and on one server, in different styles, and with 16 partitions on the next server;
+    every eighth on a cluster too.
     """
     every, asked = config.getoption(EVERY_SERVER), config.getoption(programme.ATTACK)
     offered: dict[tuple[Any, ...], dict[Any, None]] = {}
@@ -92,7 +99,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             choice = list(offered.get((item.path, _name(item), name), ()))
             if name in SERVER_FIXTURES and value != choice[turn % len(choice)]:
                 return False
-            if choice == WORLDS and value not in _worlds_of(turn):
+            if choice in (WORLDS, ON_ONE_SERVER) and value not in _worlds_of(turn):
                 return False
         return True
 
@@ -112,14 +119,17 @@ def _params(item: Any) -> dict[str, Any]:
     return getattr(getattr(item, "callspec", None), "params", {})
 
 
-def _worlds_of(turn: int) -> tuple[str, str, str]:
+def _worlds_of(turn: int) -> tuple[str, ...]:
     server, style = turn % len(SERVERS), turn // len(SERVERS) % 2
     following = SERVERS[(server + 1) % len(SERVERS)]
-    return (
+    worlds = (
         f"{STYLES[style]}-{FAKEREDIS}",
         f"{STYLES[1 - style]}-{SERVERS[server]}",
         f"{STYLES[style]}-{following}-16",
     )
+    if turn // 4 % 8:
+        return worlds
+    return (*worlds, f"{STYLES[turn // 32 % 2]}-{CLUSTER}-{(1, 16, 256)[turn // 64 % 3]}")
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -146,13 +156,17 @@ def pytest_sessionstart() -> None:
 
 
 @pytest.fixture(scope="session")
-def running() -> Iterator[Callable[[str], PrivateServer]]:
-    """The running server of a program's name; started when first asked for."""
-    servers: dict[str, PrivateServer] = {}
+def running() -> Iterator[Callable[[str], Any]]:
+    """The running server of a program's name, or the cluster; started when first asked for."""
+    servers: dict[str, Any] = {}
 
-    def get(name: str) -> PrivateServer:
+    def get(name: str) -> Any:
         if name not in servers:
-            servers[name] = PrivateServer(PROGRAMS[name])
+            servers[name] = (
+                PrivateCluster(PROGRAMS[SERVERS[-1]])
+                if name == CLUSTER
+                else PrivateServer(PROGRAMS[name])
+            )
         return servers[name]
 
     yield get
@@ -240,7 +254,9 @@ class World(RawKeys):
     def client(self, **options: Any) -> redis.Redis:
         """A plain blocking client of the same server."""
         if self.url is None:
-            client: redis.Redis = fakeredis.FakeRedis(server=self._fake, **options)
+            client: Any = fakeredis.FakeRedis(server=self._fake, **options)
+        elif self.target == CLUSTER:
+            client = redis.RedisCluster.from_url(self.url, **options)
         else:
             client = redis.Redis.from_url(self.url, **options)
         self._opened.append(client)
@@ -249,6 +265,7 @@ class World(RawKeys):
     def store(self, *, redact: Callable[[str], str] | None = None, **settings: Any) -> Any:
         """A store of this style, its methods blocking in either case."""
         settings = {"namespace": self.namespace, "partitions": self.partitions} | settings
+        settings |= {"cluster": True} if self.target == CLUSTER else {}
         if self.style == "sync":
             if self.url is not None:
                 store: Any = SessionStore.from_url(self.url, redact=redact, **settings)

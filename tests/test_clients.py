@@ -15,7 +15,7 @@ import fakeredis.aioredis
 import pytest
 import redis
 import redis.asyncio
-from conftest import PROGRAMS, SERVERS, Awaiting, World
+from conftest import ON_ONE_SERVER, PROGRAMS, SERVERS, Awaiting, World, opened
 from consistency import assert_consistent
 from faults import Fault, FaultyWorld
 from redis.asyncio.retry import Retry as AsyncRetry
@@ -89,6 +89,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "replacement": {"decode_responses": True, "encoding_errors": "replace"},
     "an encoding spelt otherwise": {"encoding": "UTF_8"},
 }
+
+
+@pytest.fixture(params=ON_ONE_SERVER)
+def world(
+    request: pytest.FixtureRequest, running: Callable[[str], PrivateServer]
+) -> Iterator[World]:
+    """A world that one server is: cluster clients have other options."""
+    with opened(request.param, running) as world:
+        yield world
 
 
 @contextmanager

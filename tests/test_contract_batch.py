@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from conftest import FAKEREDIS, WORLDS, Awaiting, World, opened
+from conftest import FAKEREDIS, ON_ONE_SERVER, Awaiting, World, opened
 from consistency import assert_consistent
 from sendings import noted_sendings
 
@@ -403,7 +403,7 @@ def test_a_record_that_cannot_be_read_spoils_its_own_outcome_only(world: World, 
 # ---- Round trips ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[name for name in WORLDS if FAKEREDIS not in name])
+@pytest.fixture(params=[name for name in ON_ONE_SERVER if FAKEREDIS not in name])
 def real(
     request: pytest.FixtureRequest, running: Callable[[str], PrivateServer]
 ) -> Iterator[World]:

@@ -10,7 +10,7 @@ from itertools import combinations
 from typing import Any
 
 import pytest
-from conftest import WORLDS, opened
+from conftest import ON_ONE_SERVER, WORLDS, opened
 from consistency import ENDED
 from shelf import FILTERS, ORDERS, Shelf, backdate, ids, stock
 
@@ -130,7 +130,7 @@ def test_the_latest_active_comes_first(store: Any) -> None:
 MANY = 1205
 
 
-@pytest.fixture(scope="module", params=WORLDS)
+@pytest.fixture(scope="module", params=ON_ONE_SERVER)
 def many(request: pytest.FixtureRequest, running: Callable[[str], Any]) -> Iterator[Shelf]:
     """Over 1,000 of one type and status, exactly 1,000 of a task, 1,001 of an MCP session."""
     with opened(request.param, running) as world:

@@ -12,7 +12,7 @@ import fakeredis.aioredis
 import pytest
 import redis
 import redis.asyncio
-from conftest import Awaiting
+from conftest import ON_ONE_SERVER, Awaiting
 from faults import Fault, FaultProxy
 
 from sessionstore import (
@@ -42,6 +42,7 @@ DEFAULTS = {
     "deadline": 10.0,
     "max_connections": 50,
     "allow_eviction": False,
+    "cluster": False,
     "coalesce": True,
     "worker": "",
     "reap_grace": 10.0,
@@ -59,6 +60,7 @@ OTHERS: dict[str, tuple[str, Any]] = {
     "deadline": ("2.5", 2.5),
     "max_connections": ("1", 1),
     "allow_eviction": ("true", True),
+    "cluster": ("1", True),
     "coalesce": ("false", False),
     "worker": ("builder-1.a_b", "builder-1.a_b"),
     "reap_grace": ("0.5", 0.5),
@@ -286,6 +288,7 @@ def test_the_first_call_stamps_the_layout(world: Any, store: Any) -> None:
     }
 
 
+@pytest.mark.parametrize("world", ON_ONE_SERVER, indirect=True)
 @pytest.mark.parametrize(
     "meta", [{"schema": "2", "partitions": "1"}, {"schema": "1", "partitions": "256"}, {"x": "y"}]
 )
@@ -378,6 +381,7 @@ def test_a_policy_without_a_memory_limit_is_no_danger(
 
 @pytest.mark.parametrize("protocol", [2, 3])
 @pytest.mark.parametrize("decode_responses", [False, True])
+@pytest.mark.parametrize("world", ON_ONE_SERVER, indirect=True)
 def test_any_client_gives_the_same_answers(
     world: Any, decode_responses: bool, protocol: int
 ) -> None:

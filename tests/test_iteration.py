@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import pytest
-from conftest import SERVERS, WORLDS, World, opened
+from conftest import ON_ONE_SERVER, SERVERS, World, opened
 from faults import seeded
 from shelf import FILTERS, Shelf, ids, stock
 from waiting import until
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 #: Those of the contract, and 256 partitions.
 EVERYWHERE = [
-    *WORLDS,
+    *ON_ONE_SERVER,
     "sync-fakeredis-256",
     f"sync-{SERVERS[0]}-256",
     f"async-{SERVERS[-1]}-256",
@@ -333,7 +333,7 @@ def test_each_is_given_exactly_once_while_the_index_grows_and_shrinks_over_500(
 
 
 @pytest.mark.usefixtures("small_pages")
-@pytest.mark.parametrize("world", WORLDS, indirect=True)
+@pytest.mark.parametrize("world", ON_ONE_SERVER, indirect=True)
 def test_what_is_deleted_before_its_page_is_not_given(world: World) -> None:
     store = world.store()
     created = create(store, 40)

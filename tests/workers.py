@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 import traceback
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from itertools import pairwise
 from typing import Any
 from uuid import uuid4
 
@@ -122,12 +124,55 @@ class Life:
         return wrong + astray(own.output_buffer, self.lines)
 
 
+class Appending(Life):
+    """A worker that only appends, and knows when each line was acknowledged.
+
+    So it can tell what a failover took away from what was lost otherwise.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.acknowledged_at: dict[str, float] = {}  # time.monotonic()
+        self.lost_in_failovers = 0
+
+    async def live(self, store: Any, is_over: threading.Event) -> None:
+        self.session_id = (await store.create_session("claude", uuid4().hex, "/src")).id
+        while not is_over.is_set():
+            line = self._line()
+            try:
+                await store.add_output(self.session_id, line)
+                self.acknowledged_at[line] = time.monotonic()
+            except Exception:
+                self.wrong_answers += 1
+                traceback.print_exc()
+            self.calls += 1
+            self.turns += 1
+
+    def broken(
+        self, stored: dict[str, AgentSession], failovers: Sequence[tuple[float, float]] = ()
+    ) -> int:
+        """What is stored twice, out of order, or not although it was acknowledged.
+
+        ``failovers``: from when to when one went on. What was acknowledged meanwhile may be lost.
+        """
+        own = stored.pop(self.session_id, None)
+        if own is None:
+            return self.wrong_answers + 1 + len(self.acknowledged_at)
+        numbers = [int(line.removeprefix("line ")) for line in own.output_buffer]
+        wrong = self.wrong_answers + sum(one >= other for one, other in pairwise(numbers))
+        lost = [at for line, at in self.acknowledged_at.items() if line not in own.output_buffer]
+        in_failovers = sum(any(a <= at <= b for a, b in failovers) for at in lost)
+        self.lost_in_failovers += in_failovers
+        return wrong + len(lost) - in_failovers
+
+
 class Work:
     """Several workers at the store of one namespace."""
 
-    def __init__(self, url: str, workers: int) -> None:
+    def __init__(self, url: str, workers: int, life: type[Life] = Life, **settings: Any) -> None:
         self.url, self.namespace = url, f"test-{uuid4().hex[:12]}"
-        self.lives = [Life() for _ in range(workers)]
+        self._settings = settings | {"namespace": self.namespace}
+        self.lives = [life() for _ in range(workers)]
 
     def wait_for_turns(self, turns: int) -> None:
         """Until each worker has had so many more turns."""
@@ -141,10 +186,10 @@ class Work:
         lines = sum(len(life.lines) for life in self.lives)
         return {"workers": len(self.lives), "acknowledged_lines": lines, "calls": self.calls()}
 
-    def broken(self) -> int:
+    def broken(self, **known: Any) -> int:
         """How many promises to the workers are broken, in their answers and in what is stored."""
         stored = self._stored()
-        wrong = sum(life.broken(stored) for life in self.lives)
+        wrong = sum(life.broken(stored, **known) for life in self.lives)
         return wrong + len(stored) + self._inconsistencies()  # left in it: nobody's, or deleted
 
     def torn(self) -> int:
@@ -164,19 +209,19 @@ class Work:
         return sum(max(0, life.acknowledged - totals.get(life, 0)) for life in self.lives)
 
     def _stored(self) -> dict[str, AgentSession]:
-        with SessionStore.from_url(self.url, namespace=self.namespace) as store:
+        with SessionStore.from_url(self.url, **self._settings) as store:
             return {one.id: one for one in store.get_all_sessions()}
 
     def _inconsistencies(self) -> int:
         """What the doctor finds, and whether the tests' own look at the keys agrees."""
-        with (
-            SessionStore.from_url(self.url, namespace=self.namespace) as store,
-            redis.Redis.from_url(self.url, decode_responses=True) as client,
-        ):
+        kind = redis.RedisCluster if self._settings.get("cluster") else redis.Redis
+        client: Any = kind.from_url(self.url, decode_responses=True)
+        with SessionStore.from_url(self.url, **self._settings) as store, client:
             problems = [one for one in store.check() if not one.warning]
             print(*problems, sep="\n")
             try:
-                assert_consistent(RawKeys(client, self.namespace))
+                partitions = self._settings.get("partitions", 1)
+                assert_consistent(RawKeys(client, self.namespace, partitions))
             except AssertionError as error:
                 print(error)
                 return len(problems) + 1
@@ -185,11 +230,17 @@ class Work:
 
 @contextmanager
 def at_work(
-    url: str, *, threads: int = 0, tasks: int = 0, deadline: float = 30.0
+    url: str,
+    *,
+    threads: int = 0,
+    tasks: int = 0,
+    life: type[Life] = Life,
+    deadline: float = 30.0,
+    **settings: Any,
 ) -> Iterator[Work]:
     """So many workers, those in threads at one store, those in tasks at another."""
-    work, is_over = Work(url, threads + tasks), threading.Event()
-    settings: dict[str, Any] = {
+    work, is_over = Work(url, threads + tasks, life, **settings), threading.Event()
+    settings |= {
         "namespace": work.namespace, "deadline": deadline, "buffer_limit": 0, "buffer_bytes": 0,
     }  # fmt: skip
 

@@ -1,0 +1,304 @@
+"""Redis Cluster: a cluster client of redis-py, used as a store uses a plain client.
+
+redis-py finds the node of each script by its keys, follows MOVED and ASK, waits at TRYAGAIN, and
+learns the topology anew after a failure. What it leaves is here: pipelines that span nodes and load
+scripts where they are needed, failures to learn the topology told as failures of the connection,
+and a first connection that is made by the first call, not before it.
+
+While a slot is moved key by key, its keys are on two nodes. A script would meet half of them: a key
+that it has not declared is refused in the middle of it, when others are written already. So on a
+cluster each script has one more key, which is never there (``Keys.guard_of``): a node that lacks
+one of several declared keys of a slot on the move answers TRYAGAIN before the script begins. A
+partition thus waits while its slot moves, reads too, and nothing is torn. Where slots move as a
+whole (atomic slot migration, Valkey 9 and Redis 8.4) the key costs nothing and changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import islice
+from typing import Any, Self, cast
+
+import redis
+import redis.asyncio
+from redis.cluster import PipelineCommand
+from redis.exceptions import (
+    AskError,
+    ClusterDownError,
+    ClusterError,
+    ConnectionError,
+    RedisClusterException,
+    RedisError,
+    TimeoutError,
+    TryAgainError,
+)
+
+from sessionstore.errors import own_copy
+from sessionstore.pipelining import Words
+
+
+def _of_any_client(error: Exception) -> Exception:
+    """What a cluster client raises beside redis-py's usual errors, as one of these."""
+    if isinstance(error, ClusterDownError):
+        return error
+    if isinstance(error, (ClusterError, AskError)):  # 16 times redirected, or asked to try again
+        told: Exception = TryAgainError(f"the cluster moves slots: {error}")
+    elif isinstance(error, RedisClusterException):  # no node in reach, a slot that no node serves
+        told = ConnectionError(f"the cluster: {error}")
+    else:
+        return error
+    told.__cause__ = error
+    return told
+
+
+@contextmanager
+def _usual_errors() -> Generator[None]:
+    try:
+        yield
+    except (ClusterError, AskError, RedisClusterException) as error:
+        raise _of_any_client(error) from error.__cause__
+
+
+class _Pipeline:
+    """Commands for several nodes, sent to each in their order; no transaction.
+
+    SCRIPT LOAD goes to each node that one of the others goes to, INFO to every primary: each has
+    one reply all the same. What is redirected is sent again by itself, which is when redis-py
+    learns where its slot is now; as soon as that does not help, the rest is left to the next
+    attempt of the store, in its order.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._noted: list[tuple[Words, dict[str, Any]]] = []
+
+    def execute_command(self, *words: Any, **options: Any) -> None:
+        self._noted.append((words, options))
+
+    def _routed(self) -> tuple[list[tuple[Any, Words, dict[str, Any]]], list[int]]:
+        """All with their nodes; for each that was noted, of how many its reply is made."""
+        nodes = [self._node_of(words) for words, _ in self._noted]
+        asked = {node.name: node for node in nodes if node is not None}
+        primaries = {node.name: node for node in self._client.get_primaries()}
+        routed: list[tuple[Any, Words, dict[str, Any]]] = []
+        counts: list[int] = []
+        for (words, options), node in zip(self._noted, nodes, strict=True):
+            everywhere = asked if words[0] == "SCRIPT" else primaries
+            to = [node] if node is not None else list(everywhere.values())
+            routed += [(one, words, options) for one in to]
+            counts.append(len(to))
+        self._noted.clear()
+        return routed, counts
+
+    def _node_of(self, words: Words) -> Any:
+        """The node of a script, or of a word to oneself; None if it is not one node's."""
+        if words[0] in ("SCRIPT", "INFO"):
+            return None
+        key = words[3] if words[0] in ("EVALSHA", "EVAL") else words[1]
+        node = self._client.get_node_from_key(key)
+        if node is None:
+            raise RedisClusterException(f"no node serves the slot of {key!r}")
+        return node
+
+
+def _is_lost(reply: Any) -> bool:
+    return isinstance(reply, (ConnectionError, TimeoutError))
+
+
+def _is_redirected(reply: Any) -> bool:
+    return isinstance(reply, (AskError, TryAgainError))
+
+
+def _merged(replies: Sequence[Any], counts: Sequence[int]) -> list[Any]:
+    """One reply of several nodes: a refusal if there is one, else the strictest of the others.
+
+    Only INFO tells something that may differ: the node that evicts keys is the one to look at. A
+    node that is away tells nothing.
+    """
+    merged: list[Any] = []
+    following = iter(replies)
+    for count in counts:
+        some = list(islice(following, count))
+        some = [one for one in some if not _is_lost(one)] or some
+        failed = next((one for one in some if isinstance(one, Exception)), None)
+        merged.append(_of_any_client(failed) if failed else max(some, key=_strictness))
+    return merged
+
+
+def _strictness(reply: Any) -> int:
+    if not isinstance(reply, dict):
+        return 0
+    memory: dict[str, Any] = cast("Any", reply)
+    policy = str(memory.get("maxmemory_policy", ""))
+    if not int(memory.get("maxmemory", 0)):
+        return 0
+    return 1 + policy.startswith("volatile-") + 2 * policy.startswith("allkeys-")
+
+
+# ---- Blocking -----------------------------------------------------------------------------------
+
+
+class ThreadPipeline(_Pipeline):
+    """A pipeline of a ``ThreadCluster``: written to all nodes, then read from all."""
+
+    def execute(self, *, raise_on_error: bool) -> list[Any]:
+        """The replies; errors are among them."""
+        assert not raise_on_error
+        with _usual_errors():
+            routed, counts = self._routed()
+            try:
+                replies = self._send(routed)
+            except (ConnectionError, TimeoutError):
+                self._client.nodes_manager.initialize()
+                raise
+            if any(map(_is_lost, replies)):
+                with suppress(RedisClusterException):
+                    self._client.nodes_manager.initialize()
+            for number in filter(lambda n: _is_redirected(replies[n]), range(len(replies))):
+                _, words, options = routed[number]
+                try:
+                    replies[number] = self._client.execute_command(*words, **options)
+                except (RedisError, RedisClusterException) as error:
+                    replies[number] = error
+                    break
+            return _merged(replies, counts)
+
+    def _send(self, routed: Sequence[tuple[Any, Words, dict[str, Any]]]) -> list[Any]:
+        noted: Any = PipelineCommand  # redis-py has no types for it
+        stack = [
+            noted(words, {"target_nodes": [node], **options}, number)
+            for number, (node, words, options) in enumerate(routed)
+        ]
+        with self._client.pipeline() as pipe:
+            replies: list[Any] = pipe.send_cluster_commands(
+                stack, raise_on_error=False, allow_redirections=False
+            )
+        return replies
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._noted.clear()
+
+
+class ThreadCluster:
+    """A ``redis.RedisCluster``: the caller's, or one that the first call connects."""
+
+    def __init__(self, connect: Callable[[], redis.RedisCluster], *, decodes: bool = False) -> None:
+        self._connect = connect
+        self.decodes = decodes
+        self._connecting = threading.Lock()
+        self._connected: Any = None
+
+    @property
+    def _client(self) -> Any:
+        if self._connected is None:
+            with self._connecting, _usual_errors():
+                self._connected = self._connected or self._connect()
+        return self._connected
+
+    def execute_command(self, *words: Any, **options: Any) -> Any:
+        with _usual_errors():
+            return self._client.execute_command(*words, **options)
+
+    def pipeline(self, *, transaction: bool) -> ThreadPipeline:
+        assert not transaction
+        return ThreadPipeline(self._client)
+
+    def publish(self, channel: str, message: str) -> Any:
+        with _usual_errors():
+            return self._client.publish(channel, message)
+
+    def pubsub(self) -> Any:
+        return self._client.pubsub()
+
+    def close(self) -> None:
+        if self._connected is not None:
+            self._connected.close()
+
+
+# ---- On an event loop ---------------------------------------------------------------------------
+
+
+class TaskPipeline(_Pipeline):
+    """A pipeline of a ``TaskCluster``: to each node by itself, so that one fails without others."""
+
+    async def execute(self, *, raise_on_error: bool) -> list[Any]:
+        """The replies; errors are among them."""
+        assert not raise_on_error
+        with _usual_errors():
+            await self._client.initialize()  # for the topology; nothing if it is known
+            routed, counts = self._routed()
+            replies = await self._send(routed)
+            if any(map(_is_lost, replies)):
+                with suppress(RedisClusterException):
+                    await self._client.nodes_manager.initialize()
+            for number in filter(lambda n: _is_redirected(replies[n]), range(len(replies))):
+                _, words, options = routed[number]
+                try:
+                    replies[number] = await self._client.execute_command(*words, **options)
+                except (RedisError, RedisClusterException) as error:
+                    replies[number] = error
+                    break
+            return _merged(replies, counts)
+
+    async def _send(self, routed: Sequence[tuple[Any, Words, dict[str, Any]]]) -> list[Any]:
+        by_node: dict[str, list[int]] = defaultdict(list)
+        for number, (node, _, _) in enumerate(routed):
+            by_node[node.name].append(number)
+        replies: list[Any] = [None] * len(routed)
+
+        async def send_to_one(numbers: Sequence[int]) -> None:
+            try:
+                async with self._client.pipeline() as pipe:
+                    for node, words, options in (routed[number] for number in numbers):
+                        pipe.execute_command(*words, target_nodes=[node], **options)
+                    some = await pipe.execute(raise_on_error=False, allow_redirections=False)
+            except (RedisError, RedisClusterException) as error:
+                some = [own_copy(error) for _ in numbers]
+            for number, reply in zip(numbers, some, strict=True):
+                replies[number] = reply
+
+        await asyncio.gather(*map(send_to_one, by_node.values()))
+        return replies
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._noted.clear()
+
+
+class TaskCluster:
+    """A ``redis.asyncio.RedisCluster``; it connects at its first call."""
+
+    def __init__(self, client: redis.asyncio.RedisCluster, *, decodes: bool = False) -> None:
+        self._client: Any = client
+        self.decodes = decodes
+        options: dict[str, Any] = client.get_connection_kwargs()
+        self.max_connections = int(options["max_connections"])  # to each node
+
+    def execute_command(self, *words: Any, **options: Any) -> Awaitable[Any]:
+        return self._translated(self._client.execute_command(*words, **options))
+
+    async def _translated(self, reply: Awaitable[Any]) -> Any:
+        with _usual_errors():
+            return await reply
+
+    def pipeline(self, *, transaction: bool) -> TaskPipeline:
+        assert not transaction
+        return TaskPipeline(self._client)
+
+    def publish(self, channel: str, message: str) -> Awaitable[Any]:
+        return self.execute_command("PUBLISH", channel, message)
+
+    def pubsub(self) -> Any:
+        return self._client.pubsub()
+
+    async def aclose(self) -> None:
+        await self._client.aclose()

@@ -1,0 +1,149 @@
+"""A Redis Cluster of processes of its own: started, slots moved between nodes, nodes killed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from typing import Any, Self
+
+import redis
+from waiting import until
+
+from sessionstore._server import PrivateServer, ServerProgram
+
+SLOTS = 16384
+#: Milliseconds in which a node that does not answer is found to be away.
+NODE_TIMEOUT = 1000
+
+
+class PrivateCluster:
+    """Primaries that share all slots evenly, each with so many replicas."""
+
+    def __init__(
+        self,
+        program: ServerProgram,
+        *,
+        primaries: int = 3,
+        replicas: int = 0,
+        arguments: Sequence[str] = (),
+    ) -> None:
+        options = (
+            *("--cluster-enabled", "yes", "--cluster-node-timeout", str(NODE_TIMEOUT)),
+            *("--repl-diskless-sync-delay", "0", *arguments),
+        )
+        self._stack = ExitStack()
+        self.nodes: list[PrivateServer] = []
+        self._admins: list[Any] = []  # a plain client of each node
+        try:
+            for _ in range(primaries * (1 + replicas)):
+                node = self._stack.enter_context(PrivateServer(program, options))
+                self.nodes.append(node)
+                client: Any = redis.Redis(port=node.port, decode_responses=True)
+                self._stack.callback(client.close)
+                self._admins.append(client)
+            self._form(primaries)
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def url(self) -> str:
+        """That of one node; a client learns the others from it."""
+        return self.nodes[0].url
+
+    def admin(self, node: PrivateServer) -> Any:
+        """A plain client of one node."""
+        return self._admins[self.nodes.index(node)]
+
+    def _form(self, primaries: int) -> None:
+        clients = self._admins
+        bounds = [SLOTS * number // primaries for number in range(primaries + 1)]
+        for client, first, end in zip(clients, bounds, bounds[1:], strict=False):
+            client.execute_command("CLUSTER ADDSLOTSRANGE", first, end - 1)
+        for number, client in enumerate(clients):
+            client.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
+        for node in self.nodes[1:]:
+            clients[0].execute_command("CLUSTER MEET", "127.0.0.1", node.port)
+        for client in clients:
+            until(lambda: len(client.cluster("NODES")) == len(clients))  # noqa: B023
+        ids = [client.execute_command("CLUSTER MYID") for client in clients]
+        for number, client in enumerate(clients[primaries:]):
+            primary = ids[number % primaries]
+            until(lambda: self._replicate(client, primary))  # noqa: B023
+        for client in clients:
+            until(lambda: client.cluster("INFO")["cluster_state"] == "ok")  # noqa: B023
+        for client in clients[primaries:]:
+            until(lambda: self._is_in_step(client))  # noqa: B023
+
+    @staticmethod
+    def _is_in_step(client: Any) -> bool:
+        return client.info("replication").get("master_link_status") == "up"
+
+    @staticmethod
+    def _replicate(client: Any, primary: str) -> bool:
+        with suppress(redis.ResponseError):  # it has not heard of it yet
+            client.execute_command("CLUSTER REPLICATE", primary)
+            return True
+        return False
+
+    def _owners(self, slot: int) -> list[int]:
+        """The ports of the nodes that serve a slot, as each node has it; the first node's first."""
+        ports: dict[int, None] = {}
+        for client in self._admins:
+            with suppress(redis.ConnectionError):
+                for first, last, (_, port, *_), *_ in client.execute_command("CLUSTER SLOTS"):
+                    if first <= slot <= last:
+                        ports[port] = None
+        return list(ports)
+
+    def owner_of(self, slot: int) -> PrivateServer:
+        """The node that serves a slot, as the first that answers has it."""
+        port = self._owners(slot)[0]
+        return next(node for node in self.nodes if node.port == port)
+
+    def fail_over(self, slot: int) -> PrivateServer:
+        """Kill the primary of a slot, and wait until a replica has taken its place."""
+        node = self.owner_of(slot)
+        node.kill()
+        until(lambda: self.owner_of(slot) is not node)
+        return node
+
+    def bring_back(self, node: PrivateServer) -> None:
+        """Start a node again, which becomes a replica of what took its place."""
+        node.start()
+        until(lambda: self._is_in_step(self.admin(node)))
+
+    def move(
+        self, slot: int, to: PrivateServer, hold: Callable[[int], object] = lambda _: None
+    ) -> None:
+        """Move a slot key by key, as ``redis-cli --cluster reshard`` does.
+
+        ``hold`` is called before the first key is moved, when half of them are, and after the last,
+        with how many have been.
+        """
+        until(lambda: len(self._owners(slot)) == 1)
+        source, target = self.admin(self.owner_of(slot)), self.admin(to)
+        target_id = target.execute_command("CLUSTER MYID")
+        target.cluster("SETSLOT", slot, "IMPORTING", source.execute_command("CLUSTER MYID"))
+        source.cluster("SETSLOT", slot, "MIGRATING", target_id)
+        hold(0)
+        half = int(source.cluster("COUNTKEYSINSLOT", slot)) // 2
+        moved = 0
+        while keys := source.execute_command("CLUSTER GETKEYSINSLOT", slot, 10):
+            source.execute_command(*("MIGRATE", "127.0.0.1", to.port, "", 0, 5000, "KEYS", *keys))
+            if moved <= half < moved + len(keys):
+                hold(moved + len(keys))
+            moved += len(keys)
+        hold(moved)
+        for client in (target, source, *self._admins):
+            with suppress(redis.RedisError):  # a replica, or a node that is away
+                client.cluster("SETSLOT", slot, "NODE", target_id)
+
+    def stop(self) -> None:
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()

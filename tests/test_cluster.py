@@ -1,0 +1,167 @@
+"""Redis Cluster: slots that move, nodes that die, and workers who notice neither.
+
+What a store does on a healthy cluster is in the contract tests, which run on one too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import redis
+from clusters import PrivateCluster
+from conftest import PROGRAMS
+from programme import Attack, controls, proves
+from rawkeys import RawKeys, crc16
+from waiting import until
+from workers import Appending, at_work
+
+from sessionstore import SessionStore
+
+#: redis-py's asyncio client drops a node that it has found anew with its connections open.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(params=PROGRAMS)
+def cluster_program(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def cluster(cluster_program: str) -> Iterator[PrivateCluster]:
+    """Three primaries, for this test alone."""
+    with PrivateCluster(PROGRAMS[cluster_program]) as started:
+        yield started
+
+
+@pytest.fixture
+def replicated(cluster_program: str) -> Iterator[PrivateCluster]:
+    """Three primaries with a replica each."""
+    options = ("--appendonly", "yes", "--appendfsync", "no")
+    with PrivateCluster(PROGRAMS[cluster_program], replicas=1, arguments=options) as started:
+        yield started
+
+
+def slot_of(prefix: str) -> int:
+    """The slot of a partition: that of what stands between its braces."""
+    return crc16(prefix[1 : prefix.index("}")]) % 16384
+
+
+def slots_of(namespace: str, partitions: int) -> list[int]:
+    client: Any = None
+    return [slot_of(prefix) for prefix in RawKeys(client, namespace, partitions).prefixes]
+
+
+def move_in_turn(
+    cluster: PrivateCluster, slots: list[int], times: int, pause: float = 0.0
+) -> list[float]:
+    """Move slots to the next node each, one after another; how long each took, in seconds."""
+    took: list[float] = []
+    for number in range(times):
+        slot = slots[number % len(slots)]
+        at = cluster.nodes.index(cluster.owner_of(slot))
+        began = time.monotonic()
+        cluster.move(slot, cluster.nodes[(at + 1) % 3], hold=lambda _: time.sleep(pause))
+        took.append(time.monotonic() - began)
+    return took
+
+
+@pytest.mark.parametrize("style", ["sync", "async"])
+@proves("slots move", ordinary=3, full=40)
+def test_slots_move_and_no_worker_notices(
+    cluster: PrivateCluster, style: str, attack: Attack
+) -> None:
+    kind = {"threads": 4} if style == "sync" else {"tasks": 4}
+    with at_work(cluster.url, cluster=True, partitions=16, **kind) as work:
+        work.wait_for_turns(2)
+        took = move_in_turn(cluster, slots_of(work.namespace, 16), attack.size, pause=0.1)
+        work.wait_for_turns(2)
+    attack.tell(
+        injected=len(took),
+        wrong=work.broken(),
+        **work.seen(),
+        longest_move_ms=round(1000 * max(took)),
+    )
+
+
+@controls("slots move", ordinary=3)
+def test_a_script_without_a_guard_fails_when_half_its_keys_have_moved(
+    cluster: PrivateCluster, attack: Attack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All keys that it declares are there still; the index that the session leaves is not."""
+    monkeypatch.setattr(SessionStore, "_on_cluster", False)
+    (slot,) = slots_of("agents", 1)
+    failed = 0
+    with SessionStore.from_url(cluster.url, cluster=True) as store:
+        held, ended, *others = [
+            store.create_session("claude", "s", "/src").id for _ in range(2 + attack.size)
+        ]
+        store.update_status(ended, "error")  # so that all indexes are there
+        with store.claim(held):
+            for session_id in others:
+                source = cluster.owner_of(slot)
+                target = cluster.nodes[(cluster.nodes.index(source) + 1) % 3]
+
+                def write(moved: int) -> None:
+                    nonlocal failed
+                    if moved:
+                        return
+                    move_alone = ("MIGRATE", "127.0.0.1", target.port)  # noqa: B023
+                    left = "{agents}:sessions:status:active"
+                    cluster.admin(source).execute_command(*move_alone, left, 0, 5000)  # noqa: B023
+                    with suppress(redis.RedisError):
+                        store.update_status(session_id, "error")  # noqa: B023
+                        return
+                    failed += 1
+
+                cluster.move(slot, target, hold=write)
+    attack.tell(injected=len(others), wrong=failed)
+
+
+@pytest.mark.parametrize("style", ["sync", "async"])
+@proves("cluster failover", ordinary=1, full=5)
+def test_a_primary_dies_and_its_replica_goes_on(
+    replicated: PrivateCluster, style: str, attack: Attack
+) -> None:
+    """Nobody gets an error, nothing is twice; lost is only what was not yet with the replica."""
+    kind = {"threads": 4} if style == "sync" else {"tasks": 4}
+    settings: dict[str, Any] = {"cluster": True, "partitions": 16, "life": Appending}
+    failovers: list[tuple[float, float]] = []
+    with at_work(replicated.url, **settings, **kind) as work:
+        for number in range(attack.size):
+            work.wait_for_turns(50)
+            began = time.monotonic()
+            killed = replicated.fail_over(slots_of(work.namespace, 16)[number])
+            failovers.append((began - 1.0, time.monotonic()))
+            work.wait_for_turns(50)
+            replicated.bring_back(killed)
+        work.wait_for_turns(50)
+    wrong = work.broken(failovers=failovers)
+    lost = sum(life.lost_in_failovers for life in work.lives if isinstance(life, Appending))
+    attack.tell(
+        injected=len(failovers),
+        wrong=wrong,
+        **work.seen(),
+        lost_in_failovers=lost,
+        longest_failover_ms=round(1000 * max(end - begin - 1.0 for begin, end in failovers)),
+    )
+
+
+@controls("cluster failover", ordinary=1)
+def test_without_a_replica_a_dead_primary_takes_its_sessions_with_it(
+    cluster: PrivateCluster, attack: Attack
+) -> None:
+    settings: dict[str, Any] = {"cluster": True, "partitions": 16, "life": Appending}
+    with at_work(cluster.url, threads=4, deadline=2.0, **settings) as work:
+        work.wait_for_turns(20)
+        client: Any = None
+        prefix = RawKeys(client, work.namespace, 16).prefix_of(work.lives[0].session_id)
+        killed = cluster.owner_of(slot_of(prefix))
+        killed.kill()
+        until(lambda: work.lives[0].wrong_answers)
+        killed.start()
+        work.wait_for_turns(1)
+    attack.tell(injected=attack.size, wrong=work.broken(), **work.seen())
