@@ -83,8 +83,8 @@ def test_slots_move_and_no_worker_notices(
         injected=len(took),
         wrong=work.broken(),
         **work.seen(),
-        longest_move_ms=round(1000 * max(took)),
     )
+    print(f"the longest move took {max(took):.2f} s")
 
 
 @controls("slots move", ordinary=3)
@@ -146,8 +146,8 @@ def test_a_primary_dies_and_its_replica_goes_on(
         wrong=wrong,
         **work.seen(),
         lost_in_failovers=lost,
-        longest_failover_ms=round(1000 * max(end - begin - 1.0 for begin, end in failovers)),
     )
+    print(f"the longest failover took {max(end - begin - 1.0 for begin, end in failovers):.2f} s")
 
 
 @controls("cluster failover", ordinary=1)
