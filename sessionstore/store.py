@@ -28,6 +28,7 @@ import redis
 import redis.asyncio
 from redis.client import NEVER_DECODE
 from redis.exceptions import (
+    MovedError,
     NoPermissionError,
     NoScriptError,
     OutOfMemoryError,
@@ -220,6 +221,10 @@ class _Store(SessionOperations):
     def _check_opened(self, replies: list[Any]) -> None:
         meta, info, loaded = replies
         self._may_load_scripts = not isinstance(loaded, NoPermissionError)
+        if isinstance(meta, MovedError):
+            raise InvalidArgumentError.of(
+                "cluster", "must be true: this server is a node of a Redis Cluster"
+            ) from meta
         if isinstance(meta, Exception):
             raise meta
         opening.check_layout(meta, self.settings)

@@ -6,20 +6,20 @@ What a store does on a healthy cluster is in the contract tests, which run on on
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
 import pytest
 import redis
 from clusters import PrivateCluster
-from conftest import PROGRAMS
+from conftest import CLUSTER, PROGRAMS
 from programme import Attack, controls, proves
 from rawkeys import RawKeys, crc16
 from waiting import until
 from workers import Appending, at_work
 
-from sessionstore import SessionStore
+from sessionstore import InvalidArgumentError, SessionStore
 
 #: redis-py's asyncio client drops a node that it has found anew with its connections open.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -43,6 +43,16 @@ def replicated(cluster_program: str) -> Iterator[PrivateCluster]:
     options = ("--appendonly", "yes", "--appendfsync", "no")
     with PrivateCluster(PROGRAMS[cluster_program], replicas=1, arguments=options) as started:
         yield started
+
+
+def test_who_takes_a_node_for_a_single_server_is_told(running: Callable[[str], Any]) -> None:
+    url = running(CLUSTER).url  # of the node that has the first slots
+    elsewhere = next(name for name in map(str, range(100)) if slot_of(f"{{{name}}}") > 6000)
+    with (
+        SessionStore.from_url(url, namespace=elsewhere) as store,
+        pytest.raises(InvalidArgumentError, match=r"^cluster must be true: this server is a node"),
+    ):
+        store.get_metrics()
 
 
 def slot_of(prefix: str) -> int:
