@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import redis
 import redis.asyncio
@@ -37,6 +37,7 @@ from redis.exceptions import (
     TryAgainError,
 )
 
+from sessionstore import opening
 from sessionstore.errors import own_copy
 from sessionstore.pipelining import Words
 
@@ -114,10 +115,9 @@ def _is_redirected(reply: Any) -> bool:
 
 
 def _merged(replies: Sequence[Any], counts: Sequence[int]) -> list[Any]:
-    """One reply of several nodes: a refusal if there is one, else the strictest of the others.
+    """One reply of several nodes: a refusal if there is one, else that of the most dangerous.
 
-    Only INFO tells something that may differ: the node that evicts keys is the one to look at. A
-    node that is away tells nothing.
+    Only INFO may differ. A node that is away tells nothing.
     """
     merged: list[Any] = []
     following = iter(replies)
@@ -125,18 +125,8 @@ def _merged(replies: Sequence[Any], counts: Sequence[int]) -> list[Any]:
         some = list(islice(following, count))
         some = [one for one in some if not _is_lost(one)] or some
         failed = next((one for one in some if isinstance(one, Exception)), None)
-        merged.append(_of_any_client(failed) if failed else max(some, key=_strictness))
+        merged.append(_of_any_client(failed) if failed else max(some, key=opening.danger))
     return merged
-
-
-def _strictness(reply: Any) -> int:
-    if not isinstance(reply, dict):
-        return 0
-    memory: dict[str, Any] = cast("Any", reply)
-    policy = str(memory.get("maxmemory_policy", ""))
-    if not int(memory.get("maxmemory", 0)):
-        return 0
-    return 1 + policy.startswith("volatile-") + 2 * policy.startswith("allkeys-")
 
 
 # ---- Blocking -----------------------------------------------------------------------------------

@@ -105,18 +105,29 @@ def check_server(info: Any, settings: StoreSettings) -> str:
     """
     if not isinstance(info, Mapping):
         return "INFO is not available here: cannot tell whether the server evicts keys"
-    memory: Mapping[str, Any] = cast("Any", info)
-    policy = str(memory.get("maxmemory_policy", ""))
-    if not int(memory.get("maxmemory", 0)):
-        return ""
-    if policy.startswith("allkeys-") and not settings.allow_eviction:
+    policy, evicts = _policy(info), danger(info)
+    if evicts == _ANY_KEY and not settings.allow_eviction:
         raise UnsafeServerError(
             f"the server evicts any key when its memory is full (maxmemory-policy {policy}), "
             "which would tear sessions apart: set it to noeviction, or pass allow_eviction=True"
         )
-    if policy.startswith("volatile-"):
+    if evicts == _LANES:
         return (
             f"maxmemory-policy {policy} may evict what protects writes from being applied twice: "
             "noeviction is safer"
         )
     return ""
+
+
+_LANES, _ANY_KEY = 1, 2
+
+
+def danger(info: Any) -> int:
+    """What a server evicts when its memory is full, as INFO says: the higher, the worse."""
+    if not isinstance(info, Mapping) or not int(cast("Any", info).get("maxmemory", 0)):
+        return 0
+    return {"volatile": _LANES, "allkeys": _ANY_KEY}.get(_policy(info).partition("-")[0], 0)
+
+
+def _policy(info: Any) -> str:
+    return str(info.get("maxmemory_policy", ""))

@@ -102,6 +102,7 @@ class _Store(SessionOperations):
     """What both stores have, apart from I/O."""
 
     _in_bytes: dict[str, Any]  # an option of each command
+    _on_cluster: bool
     _client: Any  # redis-py's own types are too loose to help: a command's reply is unknown
 
     def __init__(
@@ -160,10 +161,6 @@ class _Store(SessionOperations):
             ),
             pending=lambda request, lane: Pending(self, request, lane),
         )
-
-    @property
-    def _on_cluster(self) -> bool:
-        return isinstance(self._client, (ThreadCluster, TaskCluster))
 
     def _sent_as(self, request: Request[Any]) -> Any:
         """The request itself; on a cluster the script in place of a MULTI."""
@@ -262,6 +259,7 @@ class SessionStore(_Store, SyncExecutor):
             if client is None
             else connecting.accepted(client)
         )
+        self._on_cluster = isinstance(self._client, ThreadCluster)
         self._news = ThreadNews(self._client, self.keyspace.news)
         self._in_bytes = _LEFT_IN_BYTES if connecting.decodes(self._client) else {}
 
@@ -617,6 +615,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
             else connecting.accepted_async(client)
         )
         self._in_bytes = _LEFT_IN_BYTES if connecting.decodes(self._client) else {}
+        self._on_cluster = isinstance(self._client, TaskCluster)
         self._being_opened: asyncio.Future[Exception | None] | None = None
         self._news = TaskNews(self._client, self._publish, self.keyspace.news)
         self._coalescing = (

@@ -25,6 +25,11 @@ from sessionstore import InvalidArgumentError, SessionStore
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
+of_each_style = pytest.mark.parametrize(
+    "kind", [{"threads": 4}, {"tasks": 4}], ids=["sync", "async"]
+)
+
+
 @pytest.fixture(params=PROGRAMS)
 def cluster_program(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -79,12 +84,11 @@ def move_in_turn(
     return took
 
 
-@pytest.mark.parametrize("style", ["sync", "async"])
+@of_each_style
 @proves("slots move", ordinary=3, full=40)
 def test_slots_move_and_no_worker_notices(
-    cluster: PrivateCluster, style: str, attack: Attack
+    cluster: PrivateCluster, kind: dict[str, int], attack: Attack
 ) -> None:
-    kind = {"threads": 4} if style == "sync" else {"tasks": 4}
     with at_work(cluster.url, cluster=True, partitions=16, **kind) as work:
         work.wait_for_turns(2)
         took = move_in_turn(cluster, slots_of(work.namespace, 16), attack.size, pause=0.1)
@@ -99,13 +103,13 @@ def test_slots_move_and_no_worker_notices(
 
 @controls("slots move", ordinary=3)
 def test_a_script_without_a_guard_fails_when_half_its_keys_have_moved(
-    cluster: PrivateCluster, attack: Attack, monkeypatch: pytest.MonkeyPatch
+    cluster: PrivateCluster, attack: Attack
 ) -> None:
     """All keys that it declares are there still; the index that the session leaves is not."""
-    monkeypatch.setattr(SessionStore, "_on_cluster", False)
     (slot,) = slots_of("agents", 1)
     failed = 0
     with SessionStore.from_url(cluster.url, cluster=True) as store:
+        store._on_cluster = False
         held, ended, *others = [
             store.create_session("claude", "s", "/src").id for _ in range(2 + attack.size)
         ]
@@ -131,13 +135,12 @@ def test_a_script_without_a_guard_fails_when_half_its_keys_have_moved(
     attack.tell(injected=len(others), wrong=failed)
 
 
-@pytest.mark.parametrize("style", ["sync", "async"])
+@of_each_style
 @proves("cluster failover", ordinary=1, full=5)
 def test_a_primary_dies_and_its_replica_goes_on(
-    replicated: PrivateCluster, style: str, attack: Attack
+    replicated: PrivateCluster, kind: dict[str, int], attack: Attack
 ) -> None:
     """Nobody gets an error, nothing is twice; lost is only what was not yet with the replica."""
-    kind = {"threads": 4} if style == "sync" else {"tasks": 4}
     settings: dict[str, Any] = {"cluster": True, "partitions": 16, "life": Appending}
     failovers: list[tuple[float, float]] = []
     with at_work(replicated.url, **settings, **kind) as work:
