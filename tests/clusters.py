@@ -130,7 +130,7 @@ class PrivateCluster:
         half = int(source.cluster("COUNTKEYSINSLOT", slot)) // 2
         moved = 0
         while keys := source.execute_command("CLUSTER GETKEYSINSLOT", slot, 10):
-            source.execute_command(*("MIGRATE", "127.0.0.1", to.port, "", 0, 5000, "KEYS", *keys))
+            source.execute_command("MIGRATE", "127.0.0.1", to.port, "", 0, 5000, "KEYS", *keys)
             if moved <= half < moved + len(keys):
                 hold(moved + len(keys))
             moved += len(keys)

@@ -65,6 +65,8 @@ WORLDS = [
     *ON_ONE_SERVER,
     *(f"{style}-{CLUSTER}-{n}" for n in (1, 16, 256) for style in STYLES),
 ]
+#: For a contract test that is about one server.
+on_one_server = pytest.mark.parametrize("world", ON_ONE_SERVER, indirect=True)
 EVERY_SERVER = "--every-server"
 SERVER_FIXTURES = ("server", "own_server", "cluster_program")
 

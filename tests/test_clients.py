@@ -15,7 +15,7 @@ import fakeredis.aioredis
 import pytest
 import redis
 import redis.asyncio
-from conftest import ON_ONE_SERVER, PROGRAMS, SERVERS, Awaiting, World, opened
+from conftest import PROGRAMS, SERVERS, Awaiting, World, on_one_server
 from consistency import assert_consistent
 from faults import Fault, FaultyWorld
 from redis.asyncio.retry import Retry as AsyncRetry
@@ -89,15 +89,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "replacement": {"decode_responses": True, "encoding_errors": "replace"},
     "an encoding spelt otherwise": {"encoding": "UTF_8"},
 }
-
-
-@pytest.fixture(params=ON_ONE_SERVER)
-def world(
-    request: pytest.FixtureRequest, running: Callable[[str], PrivateServer]
-) -> Iterator[World]:
-    """A world that one server is: cluster clients have other options."""
-    with opened(request.param, running) as world:
-        yield world
 
 
 @contextmanager
@@ -182,6 +173,7 @@ def assert_answers(store: Any) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIONS)
+@on_one_server
 def test_a_store_answers_the_same_whatever_the_clients_options(world: World, name: str) -> None:
     with client_of(world, **OPTIONS[name]) as client:
         assert_answers(store_on(world, client))
@@ -189,11 +181,13 @@ def test_a_store_answers_the_same_whatever_the_clients_options(world: World, nam
 
 
 @pytest.mark.parametrize("name", RETRIES)
+@on_one_server
 def test_a_store_answers_the_same_whatever_the_clients_retries(world: World, name: str) -> None:
     with client_of(world, **RETRIES[name](world.style)) as client:
         assert_answers(store_on(world, client))
 
 
+@on_one_server
 def test_a_clients_settings_are_left_as_they_are(world: World) -> None:
     retries = RETRIES["three times"](world.style)
     with client_of(world, decode_responses=True, protocol=3, **retries) as client:
@@ -204,6 +198,7 @@ def test_a_clients_settings_are_left_as_they_are(world: World) -> None:
         assert settings_of(client) == before
 
 
+@on_one_server
 def test_a_client_goes_on_working_when_the_store_is_closed(world: World) -> None:
     with client_of(world) as client:
         store = store_on(world, client)
@@ -214,6 +209,7 @@ def test_a_client_goes_on_working_when_the_store_is_closed(world: World) -> None
         assert again == connections
 
 
+@on_one_server
 def test_a_client_is_neither_closed_nor_disconnected(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +228,7 @@ def test_a_client_is_neither_closed_nor_disconnected(
         assert called == []
 
 
+@on_one_server
 def test_an_object_that_passes_on_to_a_client_is_accepted(world: World) -> None:
     with client_of(world) as client:
         wrapped = Wrapped(client)

@@ -13,7 +13,7 @@ from uuid import uuid4
 
 import pytest
 import redis
-from conftest import ON_ONE_SERVER, SERVERS, World, opened
+from conftest import SERVERS, World, on_one_server, opened
 from consistency import assert_consistent, sessions_of
 from corrupt import FAULTS, Fault, Patient
 from faults import seeded
@@ -365,7 +365,7 @@ def test_a_buffer_over_this_stores_bound_is_only_told(world: World, store: Any) 
     assert store.get_session(session.id).output_buffer == tuple("abcdef")
 
 
-@pytest.mark.parametrize("world", ON_ONE_SERVER, indirect=True)
+@on_one_server
 @pytest.mark.parametrize("field", ["schema", "partitions"])
 def test_another_layout_is_told_and_nothing_is_touched(world: World, field: str) -> None:
     store = world.store()

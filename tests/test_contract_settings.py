@@ -12,7 +12,7 @@ import fakeredis.aioredis
 import pytest
 import redis
 import redis.asyncio
-from conftest import ON_ONE_SERVER, Awaiting
+from conftest import Awaiting, on_one_server
 from faults import Fault, FaultProxy
 
 from sessionstore import (
@@ -288,7 +288,7 @@ def test_the_first_call_stamps_the_layout(world: Any, store: Any) -> None:
     }
 
 
-@pytest.mark.parametrize("world", ON_ONE_SERVER, indirect=True)
+@on_one_server
 @pytest.mark.parametrize(
     "meta", [{"schema": "2", "partitions": "1"}, {"schema": "1", "partitions": "256"}, {"x": "y"}]
 )
@@ -381,7 +381,7 @@ def test_a_policy_without_a_memory_limit_is_no_danger(
 
 @pytest.mark.parametrize("protocol", [2, 3])
 @pytest.mark.parametrize("decode_responses", [False, True])
-@pytest.mark.parametrize("world", ON_ONE_SERVER, indirect=True)
+@on_one_server
 def test_any_client_gives_the_same_answers(
     world: Any, decode_responses: bool, protocol: int
 ) -> None:

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import pytest
-from conftest import ON_ONE_SERVER, SERVERS, World, opened
+from conftest import ON_ONE_SERVER, SERVERS, World, on_one_server, opened
 from faults import seeded
 from shelf import FILTERS, Shelf, ids, stock
 from waiting import until
@@ -333,7 +333,7 @@ def test_each_is_given_exactly_once_while_the_index_grows_and_shrinks_over_500(
 
 
 @pytest.mark.usefixtures("small_pages")
-@pytest.mark.parametrize("world", ON_ONE_SERVER, indirect=True)
+@on_one_server
 def test_what_is_deleted_before_its_page_is_not_given(world: World) -> None:
     store = world.store()
     created = create(store, 40)

@@ -160,7 +160,8 @@ class Appending(Life):
             return self.wrong_answers + 1 + len(self.acknowledged_at)
         numbers = [int(line.removeprefix("line ")) for line in own.output_buffer]
         wrong = self.wrong_answers + sum(one >= other for one, other in pairwise(numbers))
-        lost = [at for line, at in self.acknowledged_at.items() if line not in own.output_buffer]
+        lines = set(own.output_buffer)
+        lost = [at for line, at in self.acknowledged_at.items() if line not in lines]
         in_failovers = sum(any(a <= at <= b for a, b in failovers) for at in lost)
         self.lost_in_failovers += in_failovers
         return wrong + len(lost) - in_failovers
