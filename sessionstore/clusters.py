@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import redis
 import redis.asyncio
@@ -64,6 +64,10 @@ def _usual_errors() -> Generator[None]:
         raise _of_any_client(error) from error.__cause__
 
 
+#: A command with the node it goes to, and its options.
+_Routed: TypeAlias = tuple[Any, Words, dict[str, Any]]
+
+
 class _Pipeline:
     """Commands for several nodes, sent to each in their order; no transaction.
 
@@ -80,12 +84,12 @@ class _Pipeline:
     def execute_command(self, *words: Any, **options: Any) -> None:
         self._noted.append((words, options))
 
-    def _routed(self) -> tuple[list[tuple[Any, Words, dict[str, Any]]], list[int]]:
+    def _routed(self) -> tuple[list[_Routed], list[int]]:
         """All with their nodes; for each that was noted, of how many its reply is made."""
         nodes = [self._node_of(words) for words, _ in self._noted]
         asked = {node.name: node for node in nodes if node is not None}
         primaries = {node.name: node for node in self._client.get_primaries()}
-        routed: list[tuple[Any, Words, dict[str, Any]]] = []
+        routed: list[_Routed] = []
         counts: list[int] = []
         for (words, options), node in zip(self._noted, nodes, strict=True):
             everywhere = asked if words[0] == "SCRIPT" else primaries
@@ -104,6 +108,14 @@ class _Pipeline:
         if node is None:
             raise RedisClusterException(f"no node serves the slot of {key!r}")
         return node
+
+
+def _by_node(routed: Sequence[_Routed]) -> list[list[int]]:
+    """The numbers of the commands that go to each node."""
+    by_node: dict[str, list[int]] = defaultdict(list)
+    for number, (node, _, _) in enumerate(routed):
+        by_node[node.name].append(number)
+    return list(by_node.values())
 
 
 def _is_lost(reply: Any) -> bool:
@@ -140,11 +152,7 @@ class ThreadPipeline(_Pipeline):
         assert not raise_on_error
         with _usual_errors():
             routed, counts = self._routed()
-            try:
-                replies = self._send(routed)
-            except (ConnectionError, TimeoutError):
-                self._client.nodes_manager.initialize()
-                raise
+            replies = self._send(routed)
             if any(map(_is_lost, replies)):
                 with suppress(RedisClusterException):
                     self._client.nodes_manager.initialize()
@@ -157,7 +165,25 @@ class ThreadPipeline(_Pipeline):
                     break
             return _merged(replies, counts)
 
-    def _send(self, routed: Sequence[tuple[Any, Words, dict[str, Any]]]) -> list[Any]:
+    def _send(self, routed: Sequence[_Routed]) -> list[Any]:
+        try:
+            return self._sent(routed)
+        except (ConnectionError, TimeoutError):  # before anything was written to any node
+            return self._send_apart(routed)
+
+    def _send_apart(self, routed: Sequence[_Routed]) -> list[Any]:
+        """To one node after another: one that is away fails by itself."""
+        replies: list[Any] = [None] * len(routed)
+        for numbers in _by_node(routed):
+            try:
+                some = self._sent([routed[number] for number in numbers])
+            except (RedisError, RedisClusterException) as error:
+                some = [own_copy(error) for _ in numbers]
+            for number, reply in zip(numbers, some, strict=True):
+                replies[number] = reply
+        return replies
+
+    def _sent(self, routed: Sequence[_Routed]) -> list[Any]:
         noted: Any = PipelineCommand  # redis-py has no types for it
         stack = [
             noted(words, {"target_nodes": [node], **options}, number)
@@ -237,10 +263,7 @@ class TaskPipeline(_Pipeline):
                     break
             return _merged(replies, counts)
 
-    async def _send(self, routed: Sequence[tuple[Any, Words, dict[str, Any]]]) -> list[Any]:
-        by_node: dict[str, list[int]] = defaultdict(list)
-        for number, (node, _, _) in enumerate(routed):
-            by_node[node.name].append(number)
+    async def _send(self, routed: Sequence[_Routed]) -> list[Any]:
         replies: list[Any] = [None] * len(routed)
 
         async def send_to_one(numbers: Sequence[int]) -> None:
@@ -254,7 +277,7 @@ class TaskPipeline(_Pipeline):
             for number, reply in zip(numbers, some, strict=True):
                 replies[number] = reply
 
-        await asyncio.gather(*map(send_to_one, by_node.values()))
+        await asyncio.gather(*map(send_to_one, _by_node(routed)))
         return replies
 
     async def __aenter__(self) -> Self:

@@ -17,7 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeAlias, TypeGuard, TypeVar
 from weakref import WeakSet
 
 from redis.exceptions import RedisError
@@ -45,6 +45,10 @@ RENEWED_AFTER = 1 / 3  # of its time to live, so that two renewals may fail
 MOST_RENEWED = 500  # leases in one round trip
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds between two attempts to claim
 _LONGEST_MESSAGE = 4096  # characters of an exception in the error buffer
+
+
+#: Tries several calls in one round trip; gives for each what it failed with, if it did.
+Apart: TypeAlias = Callable[[Sequence[Call[None]]], Steps[list[Exception | None]]]
 
 
 @dataclass(slots=True, eq=False)
@@ -81,8 +85,9 @@ class Holding:
 class Leases:
     """The leases that one store object holds. Safe for threads."""
 
-    def __init__(self, store: SessionOperations, label: str) -> None:
+    def __init__(self, store: SessionOperations, apart: Apart, label: str) -> None:
         self._store = store
+        self._apart = apart
         self._label = label
         self.start_afresh()
         _alive.add(self)
@@ -347,6 +352,23 @@ class Leases:
             decode=decode,
             lane=keys.lane,
         )
+
+    def renewing_all(self, renewals: Sequence[Call[None]]) -> Steps[None]:
+        """Send a round of renewals. What fails is due again soon.
+
+        One partition may be away, and others must not wait for it: each is tried once.
+        """
+        failures: list[Exception | None] = []
+        try:
+            if self._store.settings.partitions > 1:
+                failures = yield from self._apart(renewals)
+            else:
+                for renewal in renewals:
+                    yield renewal
+        except Exception as error:
+            failures = [error]
+        for failure in filter(None, failures):
+            logger.warning("leases were not renewed, trying again: %s", failure)
 
     def next_round(self) -> tuple[float, list[Call[None]]] | None:
         """Seconds until a renewal is due, and what is to be sent then; None if nothing is held.

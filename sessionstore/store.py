@@ -19,6 +19,7 @@ from collections.abc import (
     Coroutine,
     Iterable,
     Iterator,
+    Sequence,
 )
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -162,6 +163,18 @@ class _Store(SessionOperations):
             pending=lambda request, lane: Pending(self, request, lane),
         )
 
+    def _apart(self, calls: Sequence[Call[None]]) -> Steps[list[Exception | None]]:
+        """Try writes in one round trip, once; for each what it failed with, if it did."""
+        once = Attempts("renew", None, is_write=False, began=time.monotonic())
+        lanes = [self._lanes.take() for _ in calls]
+        try:
+            sent = list(zip(calls, lanes, strict=True))
+            replies: list[Any] = yield Together(sent, once, lambda replies: replies)
+        finally:
+            for lane in lanes:
+                self._lanes.give_back(lane)
+        return [_failure(call, reply) for call, reply in zip(calls, replies, strict=True)]
+
     def _sent_as(self, request: Request[Any]) -> Any:
         """The request itself; on a cluster the script in place of a MULTI."""
         return request.instead if isinstance(request, Snapshot) and self._on_cluster else request
@@ -232,6 +245,16 @@ class _Store(SessionOperations):
         self._checked = True
 
 
+def _failure(call: Call[None], reply: Any) -> Exception | None:
+    if isinstance(reply, Exception):
+        return reply
+    try:
+        call.decode(reply)
+    except SessionStoreError as error:
+        return error
+    return None
+
+
 class SessionStore(_Store, SyncExecutor):
     """The session store for threads.
 
@@ -253,7 +276,7 @@ class SessionStore(_Store, SyncExecutor):
     ) -> None:
         loaded = StoreSettings.load(**settings)
         super().__init__(own_client=client is None, redact=redact, settings=loaded)
-        self._leases = ThreadLeases(self, self, loaded.worker)
+        self._leases = ThreadLeases(self, self, self._apart, loaded.worker)
         self._client = (
             connecting.connect(connecting.url_from_environment(), loaded)
             if client is None
@@ -608,7 +631,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
     ) -> None:
         loaded = StoreSettings.load(**settings)
         super().__init__(own_client=client is None, redact=redact, settings=loaded)
-        self._leases = self._tasks = TaskLeases(self, self, loaded.worker)
+        self._leases = self._tasks = TaskLeases(self, self, self._apart, loaded.worker)
         self._client = (
             connecting.connect_async(connecting.url_from_environment(), loaded)
             if client is None

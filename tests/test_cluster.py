@@ -5,21 +5,24 @@ What a store does on a healthy cluster is in the contract tests, which run on on
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
 import redis
 from clusters import PrivateCluster
-from conftest import CLUSTER, PROGRAMS
+from conftest import CLUSTER, PROGRAMS, STYLES, World
 from programme import Attack, controls, proves
 from rawkeys import RawKeys, crc16
+from test_contract_batch import batch_of
 from waiting import until
 from workers import Appending, at_work
 
-from sessionstore import InvalidArgumentError, SessionStore
+from sessionstore import InvalidArgumentError, OutcomeUnknownError, SessionStore
+from sessionstore._server import PrivateServer
 
 #: redis-py's asyncio client drops a node that it has found anew with its connections open.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -178,3 +181,70 @@ def test_without_a_replica_a_dead_primary_takes_its_sessions_with_it(
         killed.start()
         work.wait_for_turns(1)
     attack.tell(injected=attack.size, wrong=work.broken(), **work.seen())
+
+
+@pytest.fixture
+def without_a_part(cluster: PrivateCluster) -> PrivateCluster:
+    """Its other nodes go on when one of them is away."""
+    for node in cluster.nodes:
+        cluster.admin(node).config_set("cluster-require-full-coverage", "no")
+    return cluster
+
+
+@contextmanager
+def opened(style: str, cluster: PrivateCluster) -> Iterator[World]:
+    world = World(style, CLUSTER, cluster.url, 16)
+    try:
+        yield world
+    finally:
+        world.close()
+
+
+def of_each_node(store: Any, cluster: PrivateCluster) -> dict[PrivateServer, str]:
+    """A new session on each node."""
+    found: dict[PrivateServer, str] = {}
+    for number in itertools.count():
+        if len(found) == len(cluster.nodes):
+            return found
+        made = store.create_session("claude", f"service-{number}", "/src").id
+        prefix = store.keyspace.of_session(made).prefix
+        found[cluster.owner_of(slot_of(prefix))] = made
+    raise AssertionError
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_leases_are_renewed_while_another_partition_is_away(
+    without_a_part: PrivateCluster, style: str
+) -> None:
+    """Their time to live is shorter than a call to the partition that is away takes."""
+    with opened(style, without_a_part) as world:
+        store = world.store(deadline=20.0)
+        sessions = of_each_node(store, without_a_part)
+        leases = [store.claim(session_id, ttl=1.5) for session_id in sessions.values()]
+        away = without_a_part.nodes[-1]
+        away.kill()
+        world.sleep(4.0)
+        left = {node: lease.expires_in for node, lease in zip(sessions, leases, strict=True)}
+        away.start()  # without its data
+        world.until(lambda: [lease.lost for lease in leases] == [node is away for node in sessions])
+    assert min(seconds for node, seconds in left.items() if node is not away) > 0
+    assert left[away] < 0
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_what_a_batch_has_for_other_nodes_is_carried_out(
+    without_a_part: PrivateCluster, style: str
+) -> None:
+    with opened(style, without_a_part) as world:
+        store = world.store(deadline=2.0)
+        sessions = of_each_node(store, without_a_part)
+        away = without_a_part.nodes[-1]
+        away.kill()
+        with batch_of(world, store) as batch:
+            outcomes = {
+                node: batch.add_output(session_id, "line") for node, session_id in sessions.items()
+            }
+        failed = {node for node, outcome in outcomes.items() if outcome.error is not None}
+        away.start()
+        assert failed == {away}
+        assert isinstance(outcomes[away].error, (redis.ConnectionError, OutcomeUnknownError))
