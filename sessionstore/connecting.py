@@ -132,7 +132,7 @@ def accepted(client: object) -> Any:
     """The caller's client; one of the wrong kind would fail later, and in words of its own."""
     client = _of_kind(client, "redis.Redis", not_of=_ASYNC)
     if isinstance(client, redis.RedisCluster):
-        return ThreadCluster(lambda: client, decodes=decodes(client))
+        return ThreadCluster(lambda: client, decodes=decodes(client), retries=True)
     return client
 
 

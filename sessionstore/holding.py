@@ -100,6 +100,7 @@ class Leases:
         self._held: dict[str, Holding] = {}
         self._wakes_at = math.inf  # time.monotonic() of the next round of renewals
         self._closed = False
+        self._has_warned = False
 
     def held(self) -> list[Holding]:
         """The leases that have not been given back, lost ones among them."""
@@ -363,12 +364,14 @@ class Leases:
             if self._store.settings.partitions > 1:
                 failures = yield from self._apart(renewals)
             else:
-                for renewal in renewals:
+                for renewal in renewals:  # noqa: UP028  a list cannot be sent the results
                     yield renewal
         except Exception as error:
             failures = [error]
-        for failure in filter(None, failures):
+        failure = next(filter(None, failures), None)
+        if failure is not None and not self._has_warned:  # once, however long it takes
             logger.warning("leases were not renewed, trying again: %s", failure)
+        self._has_warned = failure is not None
 
     def next_round(self) -> tuple[float, list[Call[None]]] | None:
         """Seconds until a renewal is due, and what is to be sent then; None if nothing is held.

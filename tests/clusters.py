@@ -101,6 +101,12 @@ class PrivateCluster:
         port = self._owners(slot)[0]
         return next(node for node in self.nodes if node.port == port)
 
+    def next_to(self, node: PrivateServer) -> PrivateServer:
+        """Another primary; in turn, all of them."""
+        primaries = [one for one, client in zip(self.nodes, self._admins, strict=True)
+                     if client.role()[0] == "master"]  # fmt: skip
+        return primaries[(primaries.index(node) + 1) % len(primaries)]
+
     def fail_over(self, slot: int) -> PrivateServer:
         """Kill the primary of a slot, and wait until a replica has taken its place."""
         node = self.owner_of(slot)
@@ -138,6 +144,18 @@ class PrivateCluster:
         for client in (target, source, *self._admins):
             with suppress(redis.RedisError):  # a replica, or a node that is away
                 client.cluster("SETSLOT", slot, "NODE", target_id)
+
+    def move_whole(self, slot: int, to: PrivateServer) -> None:
+        """Move a slot by atomic slot migration, as Valkey 9 does it."""
+        source, target = self.owner_of(slot), self.admin(to).execute_command("CLUSTER MYID")
+        range_of_one = ("SLOTSRANGE", slot, slot)
+        self.admin(source).execute_command("CLUSTER MIGRATESLOTS", *range_of_one, "NODE", target)
+        until(lambda: self._owners(slot) == [to.port])
+
+    def count_of(self, error: str) -> int:
+        """How often the nodes have answered with an error since they were started."""
+        stats = [client.info("errorstats") for client in self._admins]
+        return sum(int(one.get(f"errorstat_{error}", {}).get("count", 0)) for one in stats)
 
     def stop(self) -> None:
         self._stack.close()
