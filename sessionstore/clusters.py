@@ -18,8 +18,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from itertools import islice
 from typing import Any, Self, TypeAlias
 
@@ -304,6 +304,18 @@ class ThreadCluster:
 # ---- On an event loop ---------------------------------------------------------------------------
 
 
+@asynccontextmanager
+async def _closed_meanwhile() -> AsyncGenerator[None]:
+    """Another task has closed the connection that this one was about to write to.
+
+    redis-py 8.1's client closes all of them when a node tells that the cluster is down.
+    """
+    try:
+        yield
+    except AttributeError as error:
+        raise ConnectionError("the connection was closed by another task") from error
+
+
 class TaskPipeline(_Pipeline):
     """A pipeline of a ``TaskCluster``: to each node by itself, so that one fails without others."""
 
@@ -331,7 +343,7 @@ class TaskPipeline(_Pipeline):
 
         async def send_to_one(numbers: Sequence[int]) -> None:
             try:
-                async with self._client.pipeline() as pipe:
+                async with self._client.pipeline() as pipe, _closed_meanwhile():
                     for node, words, options in (routed[number] for number in numbers):
                         pipe.execute_command(*words, target_nodes=[node], **options)
                     some = await pipe.execute(raise_on_error=False, allow_redirections=False)
@@ -364,7 +376,8 @@ class TaskCluster:
 
     async def _translated(self, reply: Awaitable[Any]) -> Any:
         with _usual_errors():
-            return await reply
+            async with _closed_meanwhile():
+                return await reply
 
     def pipeline(self, *, transaction: bool) -> TaskPipeline:
         assert not transaction

@@ -94,7 +94,13 @@ def _pool(pool_class: Any, url: Any, settings: StoreSettings, retry: Any) -> Any
 def _of_cluster(client_class: Any, url: Any, options: dict[str, Any]) -> Any:
     _refuse_other_than_text(url)
     try:
-        return client_class.from_url(url, require_full_coverage=False, **options)
+        return client_class.from_url(
+            url,
+            require_full_coverage=False,
+            # At every fifth MOVED the asyncio client would close the connections of all tasks.
+            reinitialize_steps=0,
+            **options,
+        )
     except (ValueError, TypeError):
         raise _bad_url("redis://[[USER]:PASSWORD@]HOST[:PORT] or rediss://…") from None
     except RedisClusterException as error:

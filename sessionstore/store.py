@@ -534,7 +534,7 @@ class SessionStore(_Store, SyncExecutor):
             except NoScriptError:
                 return self._client.execute_command(*one.eval, **self._in_bytes)
         if isinstance(request, Several):
-            return answer(request, self._send_pipeline(Rounds(self._commands(request, None))))
+            return answer(request, self._send_pipeline(Rounds(self._commands(request, lane))))
         if isinstance(request, Together):
             requests = [(self._sent_as(one), lane) for one, lane in request.requests]
             sent = [self._commands(*one) for one in requests]
@@ -863,7 +863,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
                 encoded(request, lane, is_guarded=self._on_cluster),
                 has_large_reply=request.script in LARGE_REPLIES,
             )
-        return self._send_several(request)
+        return self._send_several(request, lane)
 
     def _execute(self, *words: Any) -> Awaitable[Any]:
         reply: Awaitable[Any] = self._client.execute_command(*words, **self._in_bytes)
@@ -875,15 +875,19 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         except NoScriptError:
             return await self._execute(*one.eval)
 
-    async def _send_several(self, request: Several[Any] | Together[Any] | Snapshot[Any]) -> Any:
+    async def _send_several(
+        self, request: Several[Any] | Together[Any] | Snapshot[Any], lane: Lane | None
+    ) -> Any:
         if self._coalescing is None:
-            return await self._send_at_once(request)
+            return await self._send_at_once(request, lane)
         async with self._coalescing.alone():
-            return await self._send_at_once(request)
+            return await self._send_at_once(request, lane)
 
-    async def _send_at_once(self, request: Several[Any] | Together[Any] | Snapshot[Any]) -> Any:
+    async def _send_at_once(
+        self, request: Several[Any] | Together[Any] | Snapshot[Any], lane: Lane | None
+    ) -> Any:
         if isinstance(request, Several):
-            return answer(request, await self._send_pipeline(Rounds(self._commands(request, None))))
+            return answer(request, await self._send_pipeline(Rounds(self._commands(request, lane))))
         if isinstance(request, Together):
             requests = [(self._sent_as(one), lane) for one, lane in request.requests]
             sent = [self._commands(*one) for one in requests]

@@ -276,3 +276,28 @@ def test_what_a_batch_has_for_other_nodes_is_carried_out(
         away.start()
         assert failed == {away}
         assert isinstance(outcomes[away].error, (redis.ConnectionError, OutcomeUnknownError))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_sessions_are_reaped_while_another_partition_is_away(
+    without_a_part: PrivateCluster, style: str
+) -> None:
+    with opened(style, without_a_part) as world:
+        store = world.store(deadline=1.0, reap_grace=0.5)
+        sessions = of_each_node(store, without_a_part)
+        for session_id in sessions.values():
+            store.claim(session_id, ttl=0.1).abandon()
+        away = without_a_part.nodes[0]
+        away.kill()
+        world.sleep(0.2)
+        for _ in range(2):  # marked, and ended
+            with pytest.raises((redis.ConnectionError, OutcomeUnknownError)):
+                store.reap()
+            world.sleep(0.5)
+        ended = [
+            store.get_session(session_id).status
+            for node, session_id in sessions.items()
+            if node is not away
+        ]
+        away.start()
+        assert ended == ["error", "error"]

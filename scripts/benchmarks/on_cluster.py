@@ -119,6 +119,7 @@ def moving(program: ServerProgram, sessions: int, moves: int) -> str:
             took: list[float] = []
             longest: list[float] = []
             for _ in range(moves):
+                cluster.settle()
                 taken, waited = _while_moving(store, own, lambda: move(slot, _next(cluster, slot)))  # noqa: B023
                 took.append(taken)
                 longest.append(waited)
