@@ -39,6 +39,7 @@ from redis.exceptions import (
     ClusterDownError,
     ConnectionError,
     MaxConnectionsError,
+    NoPermissionError,
     OutOfMemoryError,
     ReadOnlyError,
     RedisError,
@@ -251,12 +252,18 @@ def refusal(answer: str) -> SessionStoreError:
 # Redis 6.2 wraps a failure inside a script: "Error running script (…): -OOM command not allowed …"
 _WRAPPED = re.compile(r"Error running script .*-(OOM|READONLY) (.*)", re.DOTALL)
 _UNWRAPPED = {"OOM": OutOfMemoryError, "READONLY": ReadOnlyError}
+# What a script may not do has no code of its own: so say Redis 6.2 and 7.0, and all later ones.
+_DENIED = re.compile(r"(The user executing the script can't |ACL failure in script: ).*", re.DOTALL)
 
 
 def of_any_server(error: Exception) -> Exception:
-    """The error as every server version since 7.0 tells it."""
-    wrapped = _WRAPPED.match(str(error)) if type(error) is ResponseError else None
-    return error if wrapped is None else _UNWRAPPED[wrapped[1]](wrapped[2])
+    """The error as if every server version told it with its code."""
+    if type(error) is not ResponseError:
+        return error
+    wrapped, denied = _WRAPPED.match(str(error)), _DENIED.search(str(error))
+    if wrapped is not None:
+        return _UNWRAPPED[wrapped[1]](wrapped[2])
+    return error if denied is None else NoPermissionError(denied[0])
 
 
 def own_copy(error: Exception) -> Exception:
