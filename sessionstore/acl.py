@@ -45,7 +45,7 @@ _WRITING = (
 )
 _MENDING = ("lindex", "persist", "rename", "scan", "sscan", "zscan")
 
-_NAME = re.compile(r"[A-Za-z0-9_.:@-]{1,100}")
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 _SERVER = re.compile(r"(redis|valkey)-(\d{1,3})(?:\.(\d{1,3}))?(?:\.\d{1,3})?")
 _OLDEST = (6, 2)
 _HEX = "[0-9a-f]"
@@ -134,6 +134,6 @@ def setuser(user: str, rule: list[str], digest: str | None) -> str:
         digest: SHA-256 of the password in hexadecimal; None: the user stays off.
     """
     if not _NAME.fullmatch(user):
-        raise InvalidArgumentError.of("user", "must be 1 to 100 of letters, digits and _ . : @ -")
+        raise InvalidArgumentError.of("user", "must be 1 to 100 of letters, digits and _ . -")
     access = ["off"] if digest is None else ["on", f"#{digest}"]
     return " ".join(["ACL SETUSER", user, "reset", *access, *rule])

@@ -295,7 +295,8 @@ class World(RawKeys):
         role: acl.Role | None = None,
     ) -> None:
         self.style, self.target, self.url = style, target, url
-        self.role, self._users = role, set[str]()
+        self.role = role
+        self._users: dict[tuple[str, int], str] = {}
         self._fake = fakeredis.FakeServer() if url is None else None
         self.runner = asyncio.Runner() if style == "async" else None
         self._opened: list[Any] = []
@@ -343,11 +344,11 @@ class World(RawKeys):
             loaded = StoreSettings.load(**settings)
         except InvalidArgumentError:  # the store will say so
             return self.url
-        user = f"{loaded.namespace}:{self.role}:{loaded.partitions}"
-        if user not in self._users:
-            self._users.add(user)
+        known = loaded.namespace, loaded.partitions
+        if known not in self._users:
+            self._users[known] = user = f"{self.namespace}-{self.role}-{len(self._users)}"
             self._acl(*acl_words(user, self.role, self.url, loaded))
-        return url_for(self.url, user)
+        return url_for(self.url, self._users[known])
 
     def _acl(self, *words: str) -> None:
         nodes = {"target_nodes": redis.RedisCluster.ALL_NODES} if self.target == CLUSTER else {}
@@ -374,7 +375,7 @@ class World(RawKeys):
         for opened in reversed(self._opened):
             if opened is self.redis and self._users:
                 with suppress(redis.ConnectionError):
-                    self._acl("ACL DELUSER", *self._users)
+                    self._acl("ACL DELUSER", *self._users.values())
             getattr(opened, "aclose", opened.close)()
         if self.runner is not None:
             self.runner.close()

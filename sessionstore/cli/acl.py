@@ -76,7 +76,8 @@ def acl(
             Server() if server is None else Server.named(server),
             database=_database(named_url_if_any(context)),
         )
-        user = f"{settings.namespace}-{role}" if user is None else user
+        if user is None:  # without colons, which a URL would take for the password's
+            user = f"{settings.namespace.replace(':', '-')}-{role}"
         setuser(user, words, None)  # a wrong name is told before a password is asked for
         digest = _digest_of_password() if password_stdin else None
         write(setuser(user, words, digest))
