@@ -17,7 +17,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from hashlib import sha256
 from typing import Any, Self, TypeVar
@@ -79,7 +79,7 @@ WORLDS = [
 #: For a contract test that is about one server.
 on_one_server = pytest.mark.parametrize("world", ON_ONE_SERVER, indirect=True)
 EVERY_SERVER = "--every-server"
-SERVER_FIXTURES = ("server", "own_server", "cluster_program")
+SERVER_FIXTURES = ("server", "own_server", "cluster_program", "place")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -313,11 +313,20 @@ class World(RawKeys):
         self._opened.append(client)
         return client
 
-    def store(self, *, redact: Callable[[str], str] | None = None, **settings: Any) -> Any:
-        """A store of this style, its methods blocking in either case."""
+    def store(
+        self,
+        *,
+        redact: Callable[[str], str] | None = None,
+        url: str | None = None,
+        **settings: Any,
+    ) -> Any:
+        """A store of this style, its methods blocking in either case.
+
+        ``url``: instead of ``url_of(**settings)``.
+        """
         settings = {"namespace": self.namespace, "partitions": self.partitions} | settings
         settings |= {"cluster": True} if self.target == CLUSTER else {}
-        url = self.url_of(**settings)
+        url = url or self.url_of(**settings)
         if self.style == "sync":
             if url is not None:
                 store: Any = SessionStore.from_url(url, redact=redact, **settings)
@@ -350,9 +359,22 @@ class World(RawKeys):
             self._acl(*acl_words(user, self.role, self.url, loaded))
         return url_for(self.url, self._users[known])
 
-    def _acl(self, *words: str) -> None:
-        nodes = {"target_nodes": redis.RedisCluster.ALL_NODES} if self.target == CLUSTER else {}
-        self.redis.execute_command(*words, **nodes)
+    def _acl(self, *words: str) -> list[Any]:
+        """What each node answers."""
+        if self.target == CLUSTER:
+            nodes = redis.RedisCluster.ALL_NODES
+            answers: Any = self.redis.execute_command(*words, target_nodes=nodes)
+            return list(answers.values()) if isinstance(answers, dict) else [answers]
+        return [self.redis.execute_command(*words)]
+
+    def forget_denied(self) -> None:
+        """What was denied so far, on purpose."""
+        self._acl("ACL LOG", "RESET")
+
+    def _denied(self) -> list[dict[str, Any]]:
+        """What the stores were denied, in scripts that go on without it too."""
+        entries = [entry for log in self._acl("ACL LOG") for entry in log]
+        return [one for one in entries if one["username"] in self._users.values()]
 
     def sleep(self, seconds: float) -> None:
         """Let time pass, and what works in the background work."""
@@ -372,13 +394,15 @@ class World(RawKeys):
     def close(self) -> None:
         if self.url is not None:
             self.remove()
+        denied: list[dict[str, Any]] = []
         for opened in reversed(self._opened):
             if opened is self.redis and self._users:
-                with suppress(redis.ConnectionError):
-                    self._acl("ACL DELUSER", *self._users.values())
+                denied = self._denied()
+                self._acl("ACL DELUSER", *self._users.values())
             getattr(opened, "aclose", opened.close)()
         if self.runner is not None:
             self.runner.close()
+        assert not denied, "more is needed than the rule of this role allows"
 
 
 @contextmanager
