@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import re
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -266,12 +267,18 @@ def acl_server(url: str) -> acl.Server:
     return acl.Server.named(f"{name}-{info[f'{name}_version']}")
 
 
-def acl_words(user: str, role: acl.Role, url: str, settings: StoreSettings) -> list[str]:
-    """ACL SETUSER and its arguments, for a user with a role's rule and a password."""
+def acl_words(
+    user: str, role: acl.Role, url: str, settings: StoreSettings, lacking: str = ""
+) -> list[str]:
+    """ACL SETUSER and its arguments, for a user with a password and a role's rule.
+
+    ``lacking``: a command that is left out of it.
+    """
     words = acl.rule(role, settings, acl_server(url))
-    command, subcommand, *rest = acl.setuser(
-        user, words, sha256(PASSWORD.encode()).hexdigest()
-    ).split(" ")
+    line = acl.setuser(user, words, sha256(PASSWORD.encode()).hexdigest())
+    if lacking:
+        line = re.sub(rf" \+{re.escape(lacking)}(?![a-z|])", "", line)
+    command, subcommand, *rest = line.split(" ")
     return [f"{command} {subcommand}", *rest]
 
 

@@ -6,11 +6,13 @@ worker, or where they check, repair or import as an operator, and fail if anythi
 
 from __future__ import annotations
 
+import asyncio
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from hashlib import sha256
+from importlib.resources import files
 from typing import Any, get_args
 from uuid import uuid4
 
@@ -21,6 +23,7 @@ from conftest import (
     PASSWORD,
     SERVERS,
     STYLES,
+    Awaiting,
     World,
     acl_server,
     acl_words,
@@ -28,18 +31,26 @@ from conftest import (
 )
 from consistency import assert_consistent
 from moments import expire_lease
-from waiting import until
+from test_contract_batch import batch_of
 
 import sessionstore.importing
-from sessionstore import InvalidArgumentError, SchemaMismatchError, SessionStore, acl
+from sessionstore import (
+    AsyncSessionStore,
+    InvalidArgumentError,
+    SchemaMismatchError,
+    SessionNotFoundError,
+    SessionStatusError,
+    SessionStore,
+    acl,
+)
 from sessionstore._server import PrivateServer
 from sessionstore.errors import of_any_server
 from sessionstore.scripts import load
 from sessionstore.settings import StoreSettings
-from sessionstore.watching import OLDEST
 
 READER, WORKER, OPERATOR = "reader", "worker", "operator"
 ROLES = get_args(acl.Role)
+OLDEST, MISSING = "0", "agent_claude_00000000-0000-4000-8000-000000000000"
 LONG = 3600.0  # seconds: no lease is renewed in the background
 #: Denied these, a store goes on, with a warning, a slower way or fewer news.
 DONE_WITHOUT = frozenset(
@@ -62,8 +73,7 @@ class Place(World):
         assert self.url is not None
         name = f"{self.namespace}-{len(self._users)}"
         self._users[name, 0] = name
-        words = acl_words(name, role, self.url, settings)
-        self._acl(*(without(word, lacking) for word in words if word != f"+{lacking}"))
+        self._acl(*acl_words(name, role, self.url, settings, lacking))
         return name
 
     def as_user(self, name: str, **settings: Any) -> Any:
@@ -87,16 +97,14 @@ class Place(World):
         logs = [entry for log in self._acl("ACL LOG") for entry in log]
         return {one["object"] for one in logs if one["username"] == name}
 
+    def _denied(self) -> list[dict[str, Any]]:
+        return []  # on purpose
+
     def dump(self) -> dict[str, Any]:
         """Every key of the namespace as it is stored."""
         keys = sorted(self.redis.scan_iter(self.pattern, count=1000))
         with redis.Redis.from_url(str(self.url)) as client:
             return {key: client.dump(key) for key in keys}
-
-
-def without(word: str, command: str) -> str:
-    """A rule's word, or selector, without a command."""
-    return re.sub(rf" \+{re.escape(command)}(?=[ )])", "", word) if command else word
 
 
 @pytest.fixture(params=[f"{server}-{n}" for n in (1, 16) for server in SERVERS])
@@ -109,7 +117,6 @@ def place(
     try:
         yield place
     finally:
-        place.forget_denied()
         place.close()
 
 
@@ -136,14 +143,14 @@ def works(store: Any, plain: Any, place: Place) -> None:
     assert store.add_error(own, "an error", "x" * 300) == 2
     store.update_status(own, "busy", expected="active")
     store.update_status(own, "active", expected="busy")
-    with place.entered(store.claim(own, ttl=LONG)):
+    with store.claim(own, ttl=LONG):
         store.add_output(own, "under a lease")
     with store.writer(own) as out:
         out.write("written\n")
-    with store.batch() as batch:
+    with batch_of(place, store) as batch:
         added, moved = batch.add_output(own, "together"), batch.update_activity(own)
     assert (added.result() > 9, moved.result()) == (True, None)
-    with suppress(InvalidArgumentError):
+    with pytest.raises(SessionStatusError):
         store.update_status(own, "busy", expected="terminated")
     store.create_session("codex", "service-2", "/src", status="terminated")
     store.create_session("codex", "service-3", "/src")  # and by its retention, the last is gone
@@ -157,7 +164,7 @@ def works(store: Any, plain: Any, place: Place) -> None:
     assert plain.execute_command("WAIT", 0, 1) == 0  # with wait_replicas, in a write's pipeline
     assert store.delete_session(other) is True
     kept = store.create_session("claude", "service-6", "/src", "task", "mcp").id
-    store.add_output(kept, "kept")
+    store.add_output(kept, "x" * 90, "y" * 90)
 
 
 def sends_again(plain: Any, place: Place, session_id: str) -> None:
@@ -184,6 +191,8 @@ def reads(store: Any) -> None:
     assert store.find_sessions(idle_for=0)
     assert store.find_sessions(order="-last_activity", limit=1)
     assert [one.id for one in store.iter_sessions()] == [one.id for one in sessions]
+    with pytest.raises(SessionNotFoundError):
+        next(store.follow_output(MISSING))
     store.read_output(first.id)
     store.read_errors(first.id, limit=1)
     assert next(store.watch(OLDEST)).event
@@ -224,7 +233,8 @@ def mends(store: Any, place: Place) -> None:
     place.redis.sadd(f"{prefix}sessions:service:large", *(f"ghost{n}" for n in range(300)))
     place.redis.zadd(f"{prefix}activity", {f"ghost{n}": n for n in range(300)})
     assert {one.kind for one in store.check()} > {"index_orphan", "wrong_type", "expiry"}
-    assert any(one.repaired for one in store.repair())
+    assert [one for one in store.repair() if one.repaired]
+    place.redis.unlink(f"{prefix}quarantine:sessions:task:spoilt")
     assert not [one for one in store.check() if not one.warning]
     lines = list(store.export_sessions())
     assert store.import_sessions(lines).imported == 0
@@ -269,3 +279,402 @@ def test_a_role_is_denied_nothing_that_it_needs(place: Place, role: acl.Role) ->
 
     assert place.denied(name) == set()
     assert_consistent(place)
+
+
+# ---- The least ----------------------------------------------------------------------------------
+
+
+def commands_of(role: acl.Role, server: acl.Server, **settings: Any) -> set[str]:
+    """The commands that a rule names, selectors included."""
+    return set(
+        re.findall(r"\+([a-z|]+)", " ".join(acl.rule(role, StoreSettings(**settings), server)))
+    )
+
+
+@each_role
+def test_without_any_one_of_its_commands_a_role_is_denied_something(
+    place: Place, role: acl.Role, style: str, request: pytest.FixtureRequest
+) -> None:
+    """Each command of the rule is taken away in turn; the styles share them."""
+    assert place.url is not None
+    commands = commands_of(role, acl_server(place.url))
+    if role == OPERATOR:
+        commands -= commands_of(WORKER, acl_server(place.url))
+    own = sorted(commands)
+    if not request.config.getoption("--every-server"):
+        own = own[STYLES.index(style) :: 2]
+    missed: list[str] = []
+    for command in own:
+        place.remove()
+        name = place.user(role, lacking=command)
+        try:
+            programme(place, role, name)
+        except Exception:
+            failed = True
+        else:
+            failed = False
+        if place.denied(name) != {command} or failed == (command in DONE_WITHOUT):
+            missed.append(f"{command}: failed {failed}, denied {place.denied(name)}")
+    assert not missed
+
+
+SCRIPTS = sorted(path.name[:-4] for path in (files("sessionstore") / "lua").iterdir()
+                 if path.name.endswith(".lua"))  # fmt: skip
+READING = {
+    *("drift", "export_sessions", "find_deleted", "find_session_by_service_id", "find_sessions"),
+    *("get_metrics", "get_session", "open_store", "ping", "read_buffer", "read_events"),
+    "read_whole",
+}
+MENDING = {one for one in SCRIPTS if re.match(r"check_|repair_|import_|stage_", one)}
+NO_COMMANDS = {"COUNT", "KEEPTTL", "LIMIT", "MATCH", "MAXLEN", "WEIGHTS", "WITHSCORES"}
+
+
+def test_every_command_of_a_script_is_in_the_rule_of_who_runs_it() -> None:
+    """Those in branches too that no test comes to."""
+    unused = commands_of(OPERATOR, acl.Server())
+    for script in SCRIPTS:
+        text = load(script).text
+        named = {one.lower() for one in {*re.findall(r"'([A-Z]{3,})'", text)} - NO_COMMANDS}
+        if "must_be('hash'" not in text:
+            named.discard("hlen")  # of types.lua
+        if script == "open_store":
+            named.discard("hset")  # a reader does without
+        role: acl.Role = (
+            "reader" if script in READING else "operator" if script in MENDING else "worker"
+        )
+        assert named <= commands_of(role, acl.Server()), script
+        unused -= named
+    assert unused == {
+        *("client|setinfo", "eval", "evalsha", "exec", "multi", "script|load", "subscribe"),
+        *("unsubscribe", "wait"),
+    }
+
+
+# ---- Nothing else -------------------------------------------------------------------------------
+
+
+def catalogue(client: Any) -> dict[str, tuple[int, bool]]:
+    """Every command of a server, subcommands in place of what has some.
+
+    For each how many words it has at least, and whether anybody may send it.
+    """
+    found: dict[str, tuple[int, bool]] = {}
+    for name, told in client.command().items():
+        for one in told["subcommands"]:
+            found[one[0].lower()] = abs(one[1]), False
+        if not told["subcommands"]:
+            found[name.lower()] = abs(told["arity"]), "no_auth" in told["flags"]
+    return found
+
+
+@each_role
+def test_of_all_commands_of_a_server_a_role_may_use_those_of_its_rule(
+    place: Place, role: acl.Role
+) -> None:
+    assert place.url is not None
+    name, named = place.user(role), commands_of(role, acl_server(place.url))
+    commands = catalogue(place.redis)
+
+    allowed: set[str] = set()
+    for command, (arity, _) in commands.items():
+        words = command.split("|")
+        words += [f"{place.prefixes[0]}x"] * (arity - len(words))
+        if "permissions to run" not in str(place.redis.execute_command("ACL DRYRUN", name, *words)):
+            allowed.add(command)
+
+    assert len(commands) > 300
+    assert allowed == named | {one for one, (_, is_free) in commands.items() if is_free}
+
+
+MUTATORS: dict[str, Callable[[Any, str], Any]] = {
+    "add_error": lambda store, own: store.add_error(own, "x"),
+    "add_output": lambda store, own: store.add_output(own, "x"),
+    "claim": lambda store, own: store.claim(own, ttl=LONG),
+    "create_session": lambda store, _: store.create_session("codex", "new", "/src"),
+    "delete_session": lambda store, own: store.delete_session(own, force=True),
+    "import_sessions": lambda store, _: store.import_sessions(
+        line.replace("/src", "/dst") for line in list(store.export_sessions())
+    ),
+    "reap": lambda store, _: store.reap(idle_for=0, ended_for=0),
+    "repair": lambda store, _: list(store.repair()),
+    "update_activity": lambda store, own: store.update_activity(own),
+    "update_metadata": lambda store, own: store.update_metadata(own, {"a": "b"}),
+    "update_status": lambda store, own: store.update_status(own, "error", force=True),
+    "batch": lambda store, own: in_a_batch(store, own),
+    "writer": lambda store, own: write_a_line(store, own),
+}
+READS = {
+    *("drift", "export_sessions", "find_session", "find_session_by_service_id", "find_sessions"),
+    *("follow_errors", "follow_output", "get_all_sessions", "get_metrics", "get_session"),
+    *("get_sessions_by_type", "iter_sessions", "ping", "read_errors", "read_output", "watch"),
+    "check",  # which a reader may not either, for SCAN shows others' keys
+}
+LOCAL = {"carry", "close", "drain", "execute", "follow", "from_url", "repeat", "worker"}
+
+
+def write_a_line(store: Any, own: str) -> None:
+    with store.writer(own) as out:
+        out.write("x\n")
+
+
+def in_a_batch(store: Any, own: str) -> None:
+    runner = getattr(store, "_runner", None)
+    batch = store.batch() if runner is None else Awaiting(store.batch(), runner)
+    with batch:
+        outcome = batch.add_output(own, "x")
+    outcome.result()
+
+
+def test_every_method_is_known_to_read_or_to_write() -> None:
+    for kind in (SessionStore, AsyncSessionStore):
+        assert {one for one in dir(kind) if one[0] != "_"} == {*MUTATORS, *READS, *LOCAL}
+
+
+@pytest.mark.parametrize("mutator", MUTATORS)
+def test_a_reader_changes_nothing(place: Place, mutator: str) -> None:
+    works(place.store(**SETTINGS), place.redis, place)
+    own = place.store().create_session("claude", "service-9", "/src").id
+    expire_lease(place, place.store().claim(own, ttl=LONG).session_id)
+    reader, before = place.as_role("reader", **SETTINGS), place.dump()
+    assert len(before) > 10
+
+    with pytest.raises(redis.exceptions.NoPermissionError):
+        MUTATORS[mutator](reader, own)
+
+    assert place.dump() == before
+    reads(reader)
+    assert place.dump() == before
+
+
+def test_a_reader_that_comes_before_all_workers_sees_an_empty_store(place: Place) -> None:
+    reader = place.as_role("reader")
+
+    assert reader.get_metrics().total_sessions == 0
+    assert reader.get_all_sessions() == []
+    assert reader.find_session(MISSING) is None
+    assert not place.keys()
+
+    own = place.store().create_session("claude", "service-1", "/src").id
+    assert reader.get_session(own).id == own
+
+
+def test_a_reader_that_came_first_is_refused_when_the_layout_is_another(place: Place) -> None:
+    reader = place.as_role("reader")
+    assert reader.get_metrics().total_sessions == 0
+
+    place.store(partitions=256).ping()
+
+    with pytest.raises(SchemaMismatchError, match="256"):
+        reader.get_metrics()
+
+
+def test_many_tasks_of_a_reader_that_comes_first(server: PrivateServer) -> None:
+    """They wait for one look at the layout, each of them until the namespace has one."""
+    place = Place("sync", server.program.name.lower(), server.url)
+    url = url_for(server.url, place.user("reader"))
+
+    async def looks() -> None:
+        async with AsyncSessionStore.from_url(url, namespace=place.namespace) as reader:
+            for _ in range(2):
+                told = await asyncio.gather(*(reader.get_metrics() for _ in range(50)))
+                assert {one.total_sessions for one in told} == {0}
+            await asyncio.to_thread(place.store().create_session, "claude", "s", "/src")
+            told = await asyncio.gather(*(reader.get_metrics() for _ in range(50)))
+            assert {one.total_sessions for one in told} == {1}
+
+    try:
+        asyncio.run(asyncio.wait_for(looks(), 20))
+    finally:
+        place.close()
+
+
+def test_followers_of_a_reader_are_woken_by_news(place: Place, only_news: None) -> None:  # noqa: ARG001
+    admin, name = place.store(), place.user("reader")
+    reader, own = place.as_user(name), admin.create_session("claude", "s", "/src").id
+    admin.add_output(own, "first")
+    following = reader.follow_output(own)
+    assert next(following).chunks == ("first",)
+    place.until(lambda: place.redis.pubsub_channels(place.session(own, ":output")), 5)
+
+    admin.add_output(own, "second")
+
+    assert next(following).chunks == ("second",)
+    assert place.denied(name) == set()
+
+
+def test_a_reader_wakes_nobody_else(place: Place) -> None:
+    plain = place.plain(place.user("reader"))
+    own = place.store().create_session("claude", "s", "/src").id
+
+    for channel in (place.session(own, ":output"), f"{place.prefixes[0]}events"):
+        with pytest.raises(redis.exceptions.NoPermissionError):
+            plain.publish(channel, "1")
+    assert plain.publish(f"{{{place.namespace}}}:news:x", "") == 0
+
+
+# ---- Nowhere else -------------------------------------------------------------------------------
+
+
+def neighbours(namespace: str) -> list[str]:
+    """Prefixes of keys that are nearly those of a namespace with 1 or 16 partitions."""
+    names = [f"{namespace}2", f"{namespace}:x", namespace[:-1], f"x{namespace}", namespace.upper()]
+    names += [f"{name}/aa" for name in names] + [f"{namespace}/{tag}" for tag in ("aaa", "a", "zz")]
+    return [
+        *(f"{{{name}}}:" for name in names),
+        *(f"{{{namespace}}}x:", f"{namespace}:", f"{{{namespace}", f"x{{{namespace}}}:", ""),
+    ]
+
+
+@each_role
+def test_no_role_reaches_a_key_outside_the_namespace(place: Place, role: acl.Role) -> None:
+    prefixes = neighbours(place.namespace)
+    if place.partitions == 1:
+        prefixes.append(f"{{{place.namespace}/aa}}:")
+    plain = place.plain(place.user(role))
+    inside = f"{place.prefixes[-1]}x"
+    for prefix in prefixes:
+        key = f"{prefix}{uuid4().hex}"
+        place.redis.hset(key, "secret", "1")
+        for words in (
+            ("HGETALL", key),
+            ("HSET", key, "secret", "2"),
+            ("RENAME", key, inside),
+            ("RENAME", inside, key),
+            ("EVAL", "return redis.call('HGETALL', KEYS[1])", 1, key),
+            ("EVAL", "return redis.call('HGETALL', ARGV[1])", 0, key),
+            ("EVAL", "return redis.call('HGETALL', ARGV[1])", 1, inside, key),
+            ("EVAL", "return redis.call('HSET', ARGV[1], 'secret', '2')", 0, key),
+            ("EVAL", "return redis.call('UNLINK', ARGV[1])", 0, key),
+            ("ZINTER", 2, inside, key),
+            ("SUBSCRIBE", key),
+            ("PUBLISH", key, "1"),
+        ):
+            with pytest.raises(redis.ResponseError) as denied:
+                plain.execute_command(*words)
+            error = of_any_server(denied.value)
+            assert isinstance(error, redis.exceptions.NoPermissionError), words
+        assert place.redis.hgetall(key) == {"secret": "1"}
+        place.redis.unlink(key)
+
+
+DANGEROUS = (
+    *("FLUSHALL", "FLUSHDB", "CONFIG GET *", "CONFIG SET maxmemory 1", "DEBUG OBJECT", "SHUTDOWN"),
+    *("MIGRATE h 1 k 0 1", "RESTORE k 0 v", "DUMP k", "SWAPDB 0 1", "MOVE k 1", "COPY k l"),
+    *("KEYS *", "RANDOMKEY", "MONITOR", "ACL LIST", "ACL SETUSER x", "CLIENT LIST", "SAVE"),
+    *("CLIENT KILL TYPE normal", "REPLICAOF NO ONE", "MODULE LIST", "PSUBSCRIBE *", "SORT k"),
+    *("SCRIPT FLUSH", "SCRIPT KILL", "FUNCTION LIST", "SELECT 1", "SLOWLOG GET", "DBSIZE"),
+)
+
+
+@each_role
+def test_no_role_may_send_what_concerns_a_whole_server(place: Place, role: acl.Role) -> None:
+    plain = place.plain(place.user(role))
+    for line in (*DANGEROUS, *(() if role == OPERATOR else ("SCAN 0",))):
+        with pytest.raises(redis.ResponseError, match="no permissions|DEBUG command not allowed"):
+            plain.execute_command(*line.split(" "))
+        script = "return redis.call(unpack(ARGV))"
+        with pytest.raises(redis.ResponseError):
+            plain.eval(script, 0, *line.split(" "))
+    assert place.redis.ping()
+
+
+# ---- Errors -------------------------------------------------------------------------------------
+
+
+def test_what_is_denied_is_told_at_once_in_the_servers_words(place: Place) -> None:
+    own = place.store().create_session("claude", "s", "/src").id
+    reader = place.as_role("reader", deadline=60)
+    began = time.monotonic()
+    with pytest.raises(redis.exceptions.NoPermissionError, match=r"can't run|no permissions"):
+        reader.add_output(own, "x")
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Error running script (call to f_1a): @user_script:5: @user_script: 5: {}",
+        "{} script: 1a, on @user_script:21.",
+        "ACL failure in script: User x has no permissions to run the 'get' command",
+    ],
+    ids=["6.2", "7.0", "7.2"],
+)
+def test_a_denial_inside_a_script_is_told_alike_by_all_servers(words: str) -> None:
+    denial = "The user executing the script can't run this command or subcommand"
+    error = of_any_server(redis.ResponseError(words.format(denial)))
+
+    assert isinstance(error, redis.exceptions.NoPermissionError)
+    assert str(error).startswith(("The user executing", "ACL failure"))
+
+
+# ---- On a cluster -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("partitions", [1, 16])
+def test_on_a_cluster_too(running: Callable[[str], Any], style: str, partitions: int) -> None:
+    place = Place(style, CLUSTER, running(CLUSTER).url, partitions)
+    try:
+        for role in ROLES:
+            name = place.user(role)
+            works(place.store(**SETTINGS), place.redis, place)
+            reads(place.as_user(name, **SETTINGS))
+            assert place.denied(name) == set()
+    finally:
+        place.close()
+
+
+# ---- The line -----------------------------------------------------------------------------------
+
+
+def test_the_line_sets_a_user_as_it_is(server: PrivateServer) -> None:
+    """Sent as text, as redis-cli takes it from a pipe."""
+    user = f"u-{uuid4().hex[:8]}"
+    settings = StoreSettings(namespace="a:b", partitions=16)
+    words = acl.rule("reader", settings, acl_server(server.url))
+    line = acl.setuser(user, words, sha256(PASSWORD.encode()).hexdigest())
+
+    with socket.create_connection(("127.0.0.1", server.port), 5) as connection:
+        connection.sendall(f"{line}\r\n".encode())
+        assert connection.recv(1000) == b"+OK\r\n"
+
+    with redis.Redis.from_url(url_for(server.url, user)) as client:
+        assert client.hgetall("{a:b/aa}:session:x") == {}
+    with redis.Redis.from_url(server.url) as client:
+        client.acl_deluser(user)
+
+
+@pytest.mark.parametrize(
+    ("name", "has_selectors", "has_setinfo"),
+    [
+        *(("redis-6.2", False, False), ("redis-6.2.14", False, False), ("redis-7", True, False)),
+        *(("Redis-7.0.15", True, False), ("redis-7.2", True, True), ("redis-8", True, True)),
+        *(("valkey-7.2", True, True), ("valkey-9", True, True), ("valkey-9.1.2", True, True)),
+    ],
+)
+def test_a_server_is_named(name: str, has_selectors: bool, has_setinfo: bool) -> None:
+    assert acl.Server.named(name) == acl.Server(has_selectors, has_setinfo)
+
+
+@pytest.mark.parametrize("name", ["", "7.0", "redis", "redis-5", "redis-6.0", "keydb-6", "redis-x"])
+def test_another_is_refused(name: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="server"):
+        acl.Server.named(name)
+
+
+def test_without_selectors_a_reader_is_one_by_its_commands_alone() -> None:
+    words = acl.rule("reader", StoreSettings(), acl.Server.named("redis-6.2"))
+
+    assert "~{agents}:*" in words
+    assert not [word for word in words if word[0] in "(%"]
+    assert not {"+publish", "+get", "+set", "+hset"} & {*words}
+
+
+def test_another_database_is_selected() -> None:
+    assert "+select" in acl.rule("worker", StoreSettings(), database=3)
+    assert "+select" not in acl.rule("worker", StoreSettings())
+
+
+@pytest.mark.parametrize("user", ["", "a b", "a\nb", "a:b", "x" * 101])
+def test_a_users_name_is_one_word(user: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="user"):
+        acl.setuser(user, [], None)
