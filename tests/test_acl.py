@@ -11,6 +11,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import sha256
 from importlib.resources import files
 from typing import Any, get_args
@@ -18,6 +19,7 @@ from uuid import uuid4
 
 import pytest
 import redis
+from clusters import PrivateCluster
 from conftest import (
     CLUSTER,
     PASSWORD,
@@ -32,6 +34,7 @@ from conftest import (
 from consistency import assert_consistent
 from moments import expire_lease
 from test_contract_batch import batch_of
+from waiting import until
 
 import sessionstore.importing
 from sessionstore import (
@@ -607,20 +610,99 @@ def test_a_denial_inside_a_script_is_told_alike_by_all_servers(words: str) -> No
     assert str(error).startswith(("The user executing", "ACL failure"))
 
 
+# ---- The tests themselves -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("looser", "noticed_by"),
+    [
+        (["+@read"], "test_of_all_commands_of_a_server_a_role_may_use_those_of_its_rule"),
+        (["~*", "&*"], "test_no_role_reaches_a_key_outside_the_namespace"),
+        (["~{*", "&{*"], "test_no_role_reaches_a_key_outside_the_namespace"),
+        (["+keys"], "test_no_role_may_send_what_concerns_a_whole_server"),
+        (["+@all", "~*"], "test_a_reader_changes_nothing"),
+    ],
+)
+def test_a_looser_rule_is_noticed(
+    place: Place, looser: list[str], noticed_by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = acl.rule
+    monkeypatch.setattr(acl, "rule", lambda *args, **kwargs: [*rule(*args, **kwargs), *looser])
+    argument = "add_output" if noticed_by == "test_a_reader_changes_nothing" else "reader"
+
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        globals()[noticed_by](place, argument)
+
+
 # ---- On a cluster -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("partitions", [1, 16])
-def test_on_a_cluster_too(running: Callable[[str], Any], style: str, partitions: int) -> None:
-    place = Place(style, CLUSTER, running(CLUSTER).url, partitions)
+@pytest.fixture(params=[1, 16])
+def on_cluster(
+    request: pytest.FixtureRequest, running: Callable[[str], Any], style: str
+) -> Iterator[Place]:
+    place = Place(style, CLUSTER, running(CLUSTER).url, request.param)
     try:
-        for role in ROLES:
-            name = place.user(role)
-            works(place.store(**SETTINGS), place.redis, place)
-            reads(place.as_user(name, **SETTINGS))
-            assert place.denied(name) == set()
+        yield place
     finally:
         place.close()
+
+
+@each_role
+def test_on_a_cluster_a_role_is_denied_nothing_that_it_needs(
+    on_cluster: Place, role: acl.Role
+) -> None:
+    place, name = on_cluster, on_cluster.user(role)
+    works(place.store(**SETTINGS), place.redis, place)
+    store = place.as_user(name, **SETTINGS)
+    reads(store)
+    if role == OPERATOR:
+        mends(store, place)
+    assert place.denied(name) == set()
+
+
+@pytest.mark.parametrize("command", ["cluster|slots", "command"])
+def test_a_cluster_client_needs_to_know_the_cluster(on_cluster: Place, command: str) -> None:
+    name = on_cluster.user("worker", lacking=command)
+    with pytest.raises(redis.exceptions.RedisError):
+        on_cluster.as_user(name, deadline=0.5).ping()
+    assert on_cluster.denied(name) == {command}
+
+
+def test_a_worker_waits_while_its_slot_moves(
+    running: Callable[[str], PrivateCluster], style: str
+) -> None:
+    """Its client says ASKING to the other node, which has it wait."""
+    cluster = running(CLUSTER)
+    place = Place(style, CLUSTER, cluster.url)
+    may, may_not = (place.user("worker", lacking=one) for one in ("", "asking"))
+    waiting = place.as_user(may, deadline=30)
+    waiting.create_session("claude", "s", "/src")
+    slot, keys = int(place.redis.keyslot(place.meta)), len(place.keys())
+    source = cluster.owner_of(slot)
+    target = cluster.next_to(source)
+
+    def asked() -> int:
+        stats: Any = cluster.admin(target).info("commandstats")
+        return int(stats.get("cmdstat_asking", {}).get("calls", 0))
+
+    with ThreadPoolExecutor(1) as pool:
+        answers: list[Future[Any]] = []
+
+        def look(moved: int) -> None:
+            if moved == keys and not answers:
+                with pytest.raises(redis.exceptions.NoPermissionError):
+                    place.as_user(may_not).get_metrics()
+                before = asked()
+                answers.append(pool.submit(waiting.get_metrics))
+                until(lambda: asked() > before)
+
+        try:
+            cluster.move(slot, target, look)
+            assert answers[0].result().total_sessions == 1
+            assert (place.denied(may), place.denied(may_not)) == (set(), {"asking"})
+        finally:
+            place.close()
 
 
 # ---- The line -----------------------------------------------------------------------------------
