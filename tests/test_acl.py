@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import sha256
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, get_args
 from uuid import uuid4
 
+import conftest
 import pytest
 import redis
 from clusters import PrivateCluster
@@ -282,6 +284,20 @@ def test_a_role_is_denied_nothing_that_it_needs(place: Place, role: acl.Role) ->
 
     assert place.denied(name) == set()
     assert_consistent(place)
+
+
+@each_role
+def test_the_rule_of_a_server_without_selectors_is_enough_too(
+    place: Place, role: acl.Role, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later servers take it as well. A store goes on without CLIENT SETINFO; a reader of it does
+    without telling itself of what it follows."""
+    monkeypatch.setattr(conftest, "acl_server", lambda _: acl.Server.named("redis-6.2"))
+    name = place.user(role)
+
+    programme(place, role, name)
+
+    assert place.denied(name) <= {"client|setinfo", *(["publish"] if role == READER else [])}
 
 
 # ---- The least ----------------------------------------------------------------------------------
@@ -723,6 +739,24 @@ def test_the_line_sets_a_user_as_it_is(server: PrivateServer) -> None:
         assert client.hgetall("{a:b/aa}:session:x") == {}
     with redis.Redis.from_url(server.url) as client:
         client.acl_deluser(user)
+
+
+@each_role
+def test_the_line_may_stand_in_an_acl_file(
+    server: PrivateServer, role: acl.Role, tmp_path: Path
+) -> None:
+    settings = StoreSettings(namespace="agents", partitions=16)
+    words = acl.rule(role, settings, acl_server(server.url))
+    line = acl.setuser("u", words, sha256(PASSWORD.encode()).hexdigest())
+    file = tmp_path / "users.acl"
+    file.write_text(line.replace("ACL SETUSER", "user") + "\nuser default on nopass ~* &* +@all\n")
+
+    with PrivateServer(server.program, ("--aclfile", str(file))) as own:
+        with SessionStore.from_url(own.url, namespace="agents", partitions=16) as store:
+            store.create_session("claude", "s", "/src")
+        url = url_for(own.url, "u")
+        with SessionStore.from_url(url, namespace="agents", partitions=16) as store:
+            reads(store)
 
 
 @pytest.mark.parametrize(
