@@ -226,7 +226,7 @@ def test_a_header_names_exactly_the_events_that_the_script_emits(script: str) ->
 #: What Redis gives a script, as far as ours use it.
 GIVEN = {
     "ARGV", "KEYS", "cjson", "ipairs", "math", "pcall", "redis", "string", "table", "tonumber",
-    "unpack",
+    "type", "unpack",
 }  # fmt: skip
 GET_GLOBAL, SET_GLOBAL = 5, 7
 
