@@ -57,6 +57,7 @@ from sessionstore.errors import (
     InvalidArgumentError,
     OutcomeUnknownError,
     SessionStoreError,
+    is_transient,
     own_copy,
 )
 from sessionstore.importing import Existing, Import
@@ -116,7 +117,7 @@ class _Store(SessionOperations):
         self.redact = redact
         self._own_client = own_client
         self._lanes = Lanes()
-        self._checked = False
+        self._checked = self._has_been_checked = False
         self._warned_of = ""
         self._may_load_scripts = True
         self._closed = False
@@ -235,14 +236,15 @@ class _Store(SessionOperations):
             raise InvalidArgumentError.of(
                 "cluster", "must be true: this server is a node of a Redis Cluster"
             ) from meta
-        if isinstance(meta, Exception):
-            raise meta
-        opening.check_layout(meta, self.settings)
+        if not isinstance(meta, Exception):
+            opening.check_layout(meta, self.settings)
+        elif not (self._on_cluster and self._has_been_checked and is_transient(meta)):
+            raise meta  # else the one node that has it is away, and others need not wait for it
         warning = opening.check_server(info, self.settings)
         if warning and warning != self._warned_of:  # once, however often connections fail
             logger.warning(warning)
         self._warned_of = warning
-        self._checked = True
+        self._checked = self._has_been_checked = True
 
 
 def _failure(call: Call[None], reply: Any) -> Exception | None:
