@@ -119,8 +119,9 @@ class Lease(HeldLease):
     """A session in this worker's hands, renewed by a daemon thread until it is given back.
 
     In a ``with``, leaving gives the session back as ``active``, after an exception with a line in
-    its error buffer. Leaving does nothing if it was given back before, has ended, or is gone; it
-    raises ``LeaseLostError`` if another worker holds it by now.
+    its error buffer. Leaving does nothing if it was given back before, has ended, or is gone. It
+    raises ``LeaseLostError`` if another worker holds it by now; and ``WritesLostError`` if the server
+    has lost entries that were added under the lease, after giving it back.
     """
 
     def __init__(self, leases: ThreadLeases, holding: Holding) -> None:
@@ -140,6 +141,8 @@ class Lease(HeldLease):
 
         Raises:
             LeaseLostError: others have ended the lease.
+            WritesLostError: the server has lost entries that were added under it; the session has
+                been given back.
         """
         self._leases.executor.carry(self._leases.releasing(self._holding, status))
 
