@@ -152,8 +152,8 @@ class WritesLostError(SessionStoreError, code="WRITES_LOST"):
         lost = details["lost"]
         entries = f"{lost:,} {'entry' if lost == 1 else 'entries'}"
         return (
-            f"in a failover the server has lost {entries} of session {details['session_id']!r} that "
-            "had been acknowledged; nothing was changed"
+            f"in a failover the server has lost {entries} of session {details['session_id']!r} "
+            "that had been acknowledged; nothing was changed"
         )
 
 

@@ -120,8 +120,8 @@ class Lease(HeldLease):
 
     In a ``with``, leaving gives the session back as ``active``, after an exception with a line in
     its error buffer. Leaving does nothing if it was given back before, has ended, or is gone. It
-    raises ``LeaseLostError`` if another worker holds it by now; and ``WritesLostError`` if the server
-    has lost entries that were added under the lease, after giving it back.
+    raises ``LeaseLostError`` if another worker holds it by now. If the server has lost entries that
+    were added under the lease, it gives the session back and raises ``WritesLostError``.
     """
 
     def __init__(self, leases: ThreadLeases, holding: Holding) -> None:

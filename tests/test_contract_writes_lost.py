@@ -94,9 +94,14 @@ def test_a_release_gives_back_and_tells(world: World, store: Any) -> None:
 
 def test_leaving_a_lease_gives_back_and_tells(world: World, store: Any) -> None:
     session_id = str(store.create_session("claude", "service", "/src").id)
-    with pytest.raises(WritesLostError), store.claim(session_id):
-        store.add_output(session_id, "a")
-        roll_back(world, session_id, output=1)
+
+    def work() -> None:
+        with store.claim(session_id):
+            store.add_output(session_id, "a")
+            roll_back(world, session_id, output=1)
+
+    with pytest.raises(WritesLostError):
+        work()
     session = store.get_session(session_id)
     assert (session.status, session.owner) == ("active", None)
 
@@ -105,10 +110,15 @@ def test_an_exception_in_a_lease_is_told_and_the_loss_is_logged(
     world: World, store: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     session_id = str(store.create_session("claude", "service", "/src").id)
-    with pytest.raises(ZeroDivisionError), store.claim(session_id):
-        store.add_output(session_id, "a")
-        roll_back(world, session_id, output=1)
-        raise ZeroDivisionError("by zero")
+
+    def work() -> None:
+        with store.claim(session_id):
+            store.add_output(session_id, "a")
+            roll_back(world, session_id, output=1)
+            raise ZeroDivisionError("by zero")
+
+    with pytest.raises(ZeroDivisionError):
+        work()
     session = store.get_session(session_id)
     assert (session.status, session.error_buffer) == ("active", ("ZeroDivisionError: by zero",))
     assert "has lost 1 entry" in caplog.text
