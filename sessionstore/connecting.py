@@ -24,6 +24,7 @@ URL_VARIABLE = "SESSIONSTORE_URL"
 
 _SYNC: tuple[type, ...] = (redis.Redis, redis.RedisCluster)
 _ASYNC: tuple[type, ...] = (redis.asyncio.Redis, redis.asyncio.RedisCluster)
+_SENTINELS: tuple[type, ...] = (redis.Sentinel, redis.asyncio.Sentinel)
 
 
 def url_from_environment() -> str:
@@ -174,6 +175,10 @@ def accepted_async(client: object) -> Any:
 
 
 def _of_kind(client: object, wanted: str, not_of: tuple[type, ...]) -> Any:
+    if isinstance(client, _SENTINELS):
+        raise InvalidArgumentError.of("client", "must be what master_for gives, not the Sentinel")
+    if getattr(getattr(client, "connection_pool", None), "is_master", True) is False:
+        raise InvalidArgumentError.of("client", "must be of the primary: one of master_for")
     if isinstance(client, not_of) or not hasattr(client, "execute_command"):
         kind = type(client)
         raise InvalidArgumentError.of(

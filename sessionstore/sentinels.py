@@ -55,6 +55,16 @@ class SentinelURL:
     credentials: dict[str, str]  # for the sentinels
     server: str  # a URL of redis-py, whose host means nothing
 
+    @property
+    def addresses(self) -> list[str]:
+        """Those of the sentinels, as one writes them."""
+        return [joined(host, port) for host, port in self.sentinels]
+
+
+def joined(host: str, port: int) -> str:
+    """An address as one writes it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
 
 def is_sentinel_url(url: object) -> bool:
     """Whether a URL names sentinels."""
