@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import product
 from typing import Any, Self
 
 import redis
@@ -14,9 +15,12 @@ from waiting import until
 from sessionstore._server import PrivateServer, ServerProgram
 
 SERVICE = "agents-primary"
-#: Milliseconds: of silence until a server counts as away; between two words of a sentinel to the
-#: others. After four of the latter it makes a primary that is none any more a replica.
-DOWN_AFTER, PUBLISH_EVERY = 1000, 500
+#: Milliseconds of silence until a server counts as away.
+DOWN_AFTER = 1000
+#: Milliseconds between two words of a sentinel to the others. After four of them without news it
+#: makes a primary that is none any more a replica, which here is to wait until the test has seen
+#: who still writes to it.
+OFTEN, SELDOM = 500, 10_000
 
 
 class PrivateSentinel(PrivateServer):
@@ -56,8 +60,8 @@ class PrivateSentinels:
             self.sentinels = [
                 self._started(PrivateSentinel(program, first, down_after)) for _ in range(3)
             ]
-            for one in self.sentinels:
-                self._hasten(one)
+            # One that was held up goes on at once (TILT).
+            self._set_periods(info=200, ask=200, tilt=500)
             self.wait_until_well()
         except BaseException:
             self.stop()
@@ -70,11 +74,9 @@ class PrivateSentinels:
         self._admins[server] = client
         return server
 
-    def _hasten(self, sentinel: PrivateServer) -> None:
-        """Milliseconds that are seconds otherwise; a sentinel that was held up goes on at once."""
-        periods = {"INFO": 200, "PUBLISH": PUBLISH_EVERY, "ASK": 200, "TILT": 500}
-        for name, period in periods.items():
-            with suppress(redis.ResponseError):  # Redis 6.2
+    def _set_periods(self, **periods: int) -> None:
+        for sentinel, (name, period) in product(self.sentinels, periods.items()):
+            with suppress(redis.RedisError):  # Redis 6.2, or a sentinel that is away
                 self.admin(sentinel).execute_command("SENTINEL DEBUG", f"{name}-PERIOD", period)
 
     @property
@@ -111,6 +113,7 @@ class PrivateSentinels:
     @contextmanager
     def _another_takes_over(self) -> Iterator[PrivateServer]:
         """Wait until all sentinels tell of the other server; gives the old one."""
+        self._set_periods(publish=SELDOM)
         old, new = self.primary, self.replica
         yield old
         until(lambda: set(self.told()) == {new.port})
@@ -142,7 +145,14 @@ class PrivateSentinels:
 
     def wait_until_well(self) -> None:
         """Until both servers are in step, and all sentinels know of both and of each other."""
+        self._set_periods(publish=OFTEN)
         until(self._is_well)
+
+    def wait_until_replicated(self) -> None:
+        """Until the replica has what the primary has just now."""
+        written = self.admin(self.primary).info("replication")["master_repl_offset"]
+        replica = self.admin(self.replica)
+        until(lambda: replica.info("replication")["slave_repl_offset"] >= written)
 
     def _is_well(self) -> bool:
         with suppress(redis.RedisError, IndexError):
