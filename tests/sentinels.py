@@ -118,13 +118,13 @@ class PrivateSentinels:
         yield old
         until(lambda: set(self.told()) == {new.port})
 
-    def kill(self) -> PrivateServer:
+    def kill_primary(self) -> PrivateServer:
         """Kill the primary, and wait until the other one has taken its place."""
         with self._another_takes_over() as old:
             old.kill()
         return old
 
-    def pause(self) -> PrivateServer:
+    def stop_primary(self) -> PrivateServer:
         """Stop the primary without a word, and wait for the other one. It is to be continued."""
         with self._another_takes_over() as old:
             old.signal(signal.SIGSTOP)
