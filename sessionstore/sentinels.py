@@ -1,11 +1,11 @@
 """Sentinel: a primary whose address the sentinels tell, whoever it is just now.
 
 redis-py's connections for Sentinel ask a pool where to connect to. Here they ask a ``Primary``, in
-blocking pools as without Sentinel. It keeps the address that was told last, and asks again when a
-connection fails, and every half second while connections are used. For after a planned failover,
-and after one that a stopped server came back from, the old primary goes on answering until the
-sentinels make it a replica: eight seconds and more, in which a client that asks only when it
-connects writes into what is about to be thrown away.
+blocking pools as without Sentinel. It keeps the address that was told last, and asks again every
+half second while connections are used. For after a planned failover, and after one that a stopped
+server came back from, the old primary goes on answering until the sentinels make it a replica:
+eight seconds and more, in which a client that asks only when it connects writes into what is about
+to be thrown away.
 
 So each connection looks twice at what is known: before it is used, and before it hands out an
 answer, which may have taken long. One to a server that is not the primary any more is dropped, and
@@ -34,9 +34,9 @@ from redis.sentinel import MasterNotFoundError
 from redis.sentinel import SentinelManagedConnection as ManagedThreadConnection
 
 from sessionstore import codec
-from sessionstore.errors import is_transient, of_any_server, own_copy
+from sessionstore.errors import is_transient, own_copy
 
-#: Seconds that what was told stays good while connections are used.
+#: Seconds that what was told stays good.
 ASK_EVERY = 0.5
 DEFAULT_PORT = 26379
 URL_FORMS = "redis+sentinel://[[USER]:PASSWORD@]HOST[:PORT][,HOST[:PORT]…]/SERVICE"
@@ -120,17 +120,12 @@ class Primary:
         self._sentinels = sentinels  # a client of each
         self._first = 0  # the one that is asked first
         self._address: tuple[str, int] | None = None
-        self._told_at = float("-inf")  # time.monotonic()
+        self._asked_at = float("-inf")  # time.monotonic()
         self._failure: RedisError = MasterNotFoundError("No master found: nobody was asked")
 
     def is_due(self) -> bool:
         """Whether it is time to ask."""
-        return time.monotonic() - self._told_at > ASK_EVERY
-
-    def hear(self, error: Exception) -> None:
-        """A connection has failed, or a server does not take writes: it is time to ask."""
-        if is_transient(of_any_server(error)):
-            self._told_at = float("-inf")
+        return time.monotonic() - self._asked_at > ASK_EVERY
 
     def is_elsewhere(self, connection: Any) -> bool:
         """Whether a connection's address is not that of the primary."""
@@ -156,7 +151,7 @@ class Primary:
         for number in range(len(self._sentinels)):
             number = (first + number) % len(self._sentinels)
             yield number, self._sentinels[number]
-        self._told_at = time.monotonic()  # nobody knows anything else
+        self._asked_at = time.monotonic()  # nobody knows anything else
 
     def _question(self) -> tuple[str, ...]:
         return ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.service_name)
@@ -169,7 +164,7 @@ class Primary:
             return False
         host, port = codec.texts(reply)
         self._first, self._address = number, (host, int(port))
-        self._told_at = time.monotonic()
+        self._asked_at = time.monotonic()
         return True
 
     def _is_not_told(self, error: RedisError) -> None:
@@ -243,11 +238,7 @@ class ThreadConnection(ManagedThreadConnection):
             primary.ask()
         if primary.is_elsewhere(self):
             cast("Any", self).disconnect()
-        try:
-            cast("Any", super()).connect()
-        except RedisError as error:
-            primary.hear(error)
-            raise
+        cast("Any", super()).connect()
 
     def read_response(self, *args: Any, **kwargs: Any) -> Any:
         """An answer of the primary.
@@ -255,11 +246,7 @@ class ThreadConnection(ManagedThreadConnection):
         Raises:
             redis.ConnectionError: this server is not the primary any more.
         """
-        try:
-            reply = cast("Any", super()).read_response(*args, **kwargs)
-        except RedisError as error:
-            self.connection_pool.hear(error)
-            raise
+        reply = cast("Any", super()).read_response(*args, **kwargs)
         self._look()
         return reply
 
@@ -337,20 +324,12 @@ class TaskConnection(ManagedTaskConnection):
             await primary.ask()
         if primary.is_elsewhere(self):
             await self.disconnect()
-        try:
-            await cast("Any", super()).connect()
-        except RedisError as error:
-            primary.hear(error)
-            raise
+        await cast("Any", super()).connect()
 
     async def read_response(self, *args: Any, **kwargs: Any) -> Any:
         """An answer of the primary, or nothing after a while; see ``ThreadConnection``."""
+        reply = await cast("Any", super()).read_response(*args, **kwargs)
         primary = self.connection_pool
-        try:
-            reply = await cast("Any", super()).read_response(*args, **kwargs)
-        except RedisError as error:
-            primary.hear(error)
-            raise
         if primary.is_due():
             await primary.ask()
         if primary.is_elsewhere(self):

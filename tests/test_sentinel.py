@@ -302,11 +302,11 @@ def test_the_primary_goes_and_the_workers_go_on(
 
 
 @controls("sentinel failovers", ordinary=1)
-def test_who_asks_only_when_connecting_writes_to_the_old_primary(
+def test_who_asks_seldom_writes_to_the_old_primary(
     pair: PrivateSentinels, attack: Attack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As redis-py does: after a planned failover, until the sentinels make it a replica."""
-    monkeypatch.setattr(sentinels, "ASK_EVERY", 1e9)
+    """Who asks only when connecting, as redis-py does, until the sentinels make it a replica."""
+    monkeypatch.setattr(sentinels, "ASK_EVERY", 3.0)
     with at_work(pair.url, threads=2, tasks=2, life=Appending, deadline=DEADLINE) as work:
         work.wait_for_turns(50)
         began = time.monotonic()
@@ -329,10 +329,10 @@ def test_connections_that_were_idle_are_not_used_for_the_old_primary(
         pair.wait_until_replicated()
         old = pair.stop_primary()
         world.sleep(sentinels.ASK_EVERY)
-        old.signal(signal.SIGCONT)
         began = time.monotonic()
         store.add_output(session_id, "line")
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < 1.0  # it has not waited for the one that is stopped
+        old.signal(signal.SIGCONT)
         key = f"{world.prefix_of(session_id)}session:{session_id}:output"
         assert pair.admin(pair.primary).lrange(key, 0, -1) == ["line"]
 
