@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import product
 from typing import Any, Self
@@ -111,9 +111,9 @@ class PrivateSentinels:
         return next(one for one in self.servers if one is not self.primary)
 
     @contextmanager
-    def _another_takes_over(self) -> Iterator[PrivateServer]:
+    def _another_takes_over(self, publish: int = SELDOM) -> Iterator[PrivateServer]:
         """Wait until all sentinels tell of the other server; gives the old one."""
-        self._set_periods(publish=SELDOM)
+        self._set_periods(publish=publish)
         old, new = self.primary, self.replica
         yield old
         until(lambda: set(self.told()) == {new.port})
@@ -130,18 +130,26 @@ class PrivateSentinels:
             old.signal(signal.SIGSTOP)
         return old
 
-    def swap(self) -> PrivateServer:
-        """A planned failover: both servers are there all the time."""
-        with self._another_takes_over() as old:
-            until(self._has_begun_to_swap)
+    def swap(self, *how: str, publish: int = SELDOM) -> PrivateServer:
+        """A planned failover: both servers are there all the time.
+
+        ``how``: ``COORDINATED`` for one that waits for the replica, of Valkey 9.
+        """
+        with self._another_takes_over(publish) as old:
+            until(lambda: self._has_begun_to_swap(how))
         return old
 
-    def _has_begun_to_swap(self) -> bool:
+    def _has_begun_to_swap(self, how: Sequence[str]) -> bool:
         with suppress(redis.ResponseError):  # there was one just now
-            self.admin(self.sentinels[0]).execute_command("SENTINEL FAILOVER", SERVICE)
+            self.admin(self.sentinels[0]).execute_command("SENTINEL FAILOVER", SERVICE, *how)
             return True
         time.sleep(0.1)
         return False
+
+    def require_replicas(self, count: int) -> None:
+        """Have the servers refuse writes while they have fewer replicas."""
+        for one in self.servers:
+            self.admin(one).config_set("min-replicas-to-write", count)
 
     def wait_until_well(self) -> None:
         """Until both servers are in step, and all sentinels know of both and of each other."""

@@ -20,7 +20,7 @@ import redis
 import redis.asyncio
 from conftest import PROGRAMS, SENTINEL, STYLES, Awaiting, World
 from programme import Attack, controls, proves
-from sentinels import SERVICE, PrivateSentinels
+from sentinels import OFTEN, SERVICE, PrivateSentinels
 from waiting import until
 from workers import Appending, Work, at_work
 
@@ -301,6 +301,38 @@ def test_the_primary_goes_and_the_workers_go_on(
     print(f"{kind}: until the sentinels told of the other server, at most {max(took):.2f} s")
 
 
+#: A replica required: the old primary takes no writes from when its replica is gone, and the new one
+#: none until the old one is its replica. Coordinated: the old one takes none before the new one
+#: does.
+WITHOUT_LOSS = {
+    "a replica required": lambda pair: pair.swap(publish=OFTEN),
+    "coordinated": lambda pair: pair.swap("COORDINATED"),
+}
+
+
+@pytest.mark.parametrize(
+    ("sentinel_program", "how"),
+    [
+        (name, how)
+        for name in PROGRAMS
+        for how in WITHOUT_LOSS
+        if how != "coordinated" or name == "valkey"
+    ],
+)
+@proves("sentinel failovers", ordinary=1, full=3)
+def test_a_planned_failover_that_loses_nothing(
+    pair: PrivateSentinels, how: str, attack: Attack
+) -> None:
+    pair.require_replicas(1 if how == "a replica required" else 0)
+    with at_work(pair.url, threads=2, tasks=2, life=Appending, deadline=PATIENT) as work:
+        for _ in range(attack.size):
+            work.wait_for_turns(50)
+            WITHOUT_LOSS[how](pair)
+            work.wait_for_turns(50)
+            pair.wait_until_well()
+    attack.tell(injected=attack.size, wrong=work.broken(), **work.seen())
+
+
 @controls("sentinel failovers", ordinary=1)
 def test_who_asks_seldom_writes_to_the_old_primary(
     pair: PrivateSentinels, attack: Attack, monkeypatch: pytest.MonkeyPatch
@@ -464,12 +496,11 @@ def test_a_call_ends_in_time_when_all_are_stopped(pair: PrivateSentinels, style:
 
 @contextmanager
 def lacking_replicas(pair: PrivateSentinels) -> Iterator[None]:
-    admin = pair.admin(pair.primary)
-    admin.config_set("min-replicas-to-write", 2)
+    pair.require_replicas(2)
     try:
         yield
     finally:
-        admin.config_set("min-replicas-to-write", 0)
+        pair.require_replicas(0)
 
 
 def test_a_write_waits_until_there_are_enough_replicas(shared: Any, style: str) -> None:
