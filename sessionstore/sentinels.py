@@ -29,7 +29,7 @@ import redis.asyncio
 from redis.asyncio.connection import SSLConnection as TaskSSLConnection
 from redis.asyncio.sentinel import SentinelManagedConnection as ManagedTaskConnection
 from redis.connection import SSLConnection as ThreadSSLConnection
-from redis.exceptions import ConnectionError, RedisError
+from redis.exceptions import AuthenticationError, ConnectionError, RedisError
 from redis.sentinel import MasterNotFoundError
 from redis.sentinel import SentinelManagedConnection as ManagedThreadConnection
 
@@ -168,9 +168,11 @@ class Primary:
         return True
 
     def _is_not_told(self, error: RedisError) -> None:
-        self._failure = error
         if is_transient(error):
-            self._failure = MasterNotFoundError(f"No master found: no sentinel answers: {error}")
+            error = MasterNotFoundError(f"No master found: no sentinel answers: {error}")
+        elif isinstance(error, AuthenticationError):
+            error = AuthenticationError(f"a sentinel refuses: {error}")
+        self._failure = error
 
 
 def _options_of_sentinels(url: SentinelURL, of_servers: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,9 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import product
+from dataclasses import dataclass
+from itertools import chain, product
+from pathlib import Path
 from typing import Any, Self
 
 import redis
@@ -23,42 +25,108 @@ DOWN_AFTER = 1000
 OFTEN, SELDOM = 500, 10_000
 
 
-class PrivateSentinel(PrivateServer):
+@dataclass(frozen=True, slots=True)
+class Locks:
+    """Passwords, and TLS on a second port; the first is for the tests."""
+
+    certificates: Path  # cert.pem, key.pem, and ca.pem, which has signed it
+    password: str
+    sentinel_password: str
+
+    def tls(self, port: int) -> dict[str, str]:
+        """Settings of a server or a sentinel."""
+        files = {
+            name: str(self.certificates / file)
+            for name, file in (
+                ("tls-cert-file", "cert.pem"),
+                ("tls-key-file", "key.pem"),
+                ("tls-ca-cert-file", "ca.pem"),
+            )
+        }
+        switches = {"tls-auth-clients": "no", "tls-replication": "yes"}
+        return {"tls-port": str(watched(port)), **files, **switches}
+
+
+def watched(port: int) -> int:
+    """The TLS port of what listens on a port too."""
+    return port - 10_000
+
+
+class _Server(PrivateServer):
+    def __init__(
+        self, program: ServerProgram, arguments: Sequence[str], locks: Locks | None
+    ) -> None:
+        self._locks = locks
+        super().__init__(program, arguments)
+
+    def command(self, port: int) -> list[str]:
+        settings: dict[str, str] = {}
+        if self._locks:
+            password = self._locks.password
+            settings = {"requirepass": password, "masterauth": password, **self._locks.tls(port)}
+        pairs = chain.from_iterable((f"--{name}", value) for name, value in settings.items())
+        return [*super().command(port), *pairs]
+
+
+class _Sentinel(PrivateServer):
     """One sentinel, which watches a primary from its start on."""
 
-    def __init__(self, program: ServerProgram, primary: PrivateServer, down_after: int) -> None:
-        self._primary, self._down_after = primary, down_after
+    def __init__(
+        self, program: ServerProgram, primary: int, down_after: int, locks: Locks | None
+    ) -> None:
+        self._lines = [
+            f"sentinel monitor {SERVICE} 127.0.0.1 {primary} 2",
+            f"sentinel down-after-milliseconds {SERVICE} {down_after}",
+            f"sentinel failover-timeout {SERVICE} 2000",
+        ]
+        self._locks = locks
         super().__init__(program)
 
     def command(self, port: int) -> list[str]:
         config = self.directory / "sentinel.conf"  # it writes into it what it learns
         if not config.exists():
-            lines = [
-                f"sentinel monitor {SERVICE} 127.0.0.1 {self._primary.port} 2",
-                f"sentinel down-after-milliseconds {SERVICE} {self._down_after}",
-                f"sentinel failover-timeout {SERVICE} 2000",
-            ]
-            config.write_text("\n".join(lines) + "\n")
+            config.write_text("\n".join([*self._lines, *self._locked(port)]) + "\n")
         address = ("--bind", "127.0.0.1", "--port", str(port), "--dir", str(self.directory))
         return [self.program.path, str(config), "--sentinel", *address]
+
+    def _locked(self, port: int) -> list[str]:
+        locks = self._locks
+        if locks is None:
+            return []
+        return [
+            f"sentinel auth-pass {SERVICE} {locks.password}",
+            f"requirepass {locks.sentinel_password}",
+            f"sentinel sentinel-pass {locks.sentinel_password}",
+            *(f"{name} {value}" for name, value in locks.tls(port).items()),
+        ]
 
 
 class PrivateSentinels:
     """A primary and its replica, watched by three sentinels."""
 
-    def __init__(self, program: ServerProgram, *, down_after: int = DOWN_AFTER) -> None:
+    def __init__(
+        self, program: ServerProgram, *, down_after: int = DOWN_AFTER, locks: Locks | None = None
+    ) -> None:
         options = (
             *("--repl-diskless-sync", "yes", "--repl-diskless-sync-delay", "0"),
             *("--appendonly", "yes", "--appendfsync", "no"),
         )
+        self.locks = locks
         self._stack = ExitStack()
         self._admins: dict[PrivateServer, Any] = {}  # a plain client of each
         try:
-            self.servers = [self._started(PrivateServer(program, options)) for _ in range(2)]
+            password, of_sentinels = (
+                (locks.password, locks.sentinel_password) if locks else (None, None)
+            )
+            self.servers = [
+                self._started(_Server(program, options, locks), password) for _ in range(2)
+            ]
             first, second = self.servers
-            self.admin(second).replicaof("127.0.0.1", first.port)
+            port = self.port(first)
+            self.admin(second).replicaof("127.0.0.1", port)
             self.sentinels = [
-                self._started(PrivateSentinel(program, first, down_after)) for _ in range(3)
+                self._started(_Sentinel(program, port, down_after, locks), of_sentinels)
+                for _ in range(3)
             ]
             # One that was held up goes on at once (TILT).
             self._set_periods(info=200, ask=200, tilt=500)
@@ -67,9 +135,11 @@ class PrivateSentinels:
             self.stop()
             raise
 
-    def _started(self, server: PrivateServer) -> Any:
+    def _started(self, server: PrivateServer, password: str | None) -> Any:
         self._stack.enter_context(server)
-        client: Any = redis.Redis(port=server.port, decode_responses=True, socket_timeout=1)
+        client: Any = redis.Redis(
+            port=server.port, password=password, decode_responses=True, socket_timeout=1
+        )
         self._stack.callback(client.close)
         self._admins[server] = client
         return server
@@ -81,11 +151,12 @@ class PrivateSentinels:
 
     @property
     def url(self) -> str:
-        return f"redis+sentinel://{','.join(self.addresses)}/{SERVICE}"
+        addresses = ",".join(f"127.0.0.1:{self.port(one)}" for one in self.sentinels)
+        return f"redis+sentinel://{addresses}/{SERVICE}"
 
-    @property
-    def addresses(self) -> list[str]:
-        return [f"127.0.0.1:{one.port}" for one in self.sentinels]
+    def port(self, server: PrivateServer) -> int:
+        """Where a store, and the others, find a server or a sentinel."""
+        return watched(server.port) if self.locks else server.port
 
     def admin(self, server: PrivateServer) -> Any:
         """A plain client of one server or sentinel."""
@@ -103,7 +174,7 @@ class PrivateSentinels:
     def primary(self) -> PrivateServer:
         """The primary, as the first sentinel that answers has it."""
         port = self.told()[0]
-        return next(one for one in self.servers if one.port == port)
+        return next(one for one in self.servers if self.port(one) == port)
 
     @property
     def replica(self) -> PrivateServer:
@@ -116,7 +187,7 @@ class PrivateSentinels:
         self._set_periods(publish=publish)
         old, new = self.primary, self.replica
         yield old
-        until(lambda: set(self.told()) == {new.port})
+        until(lambda: set(self.told()) == {self.port(new)})
 
     def kill_primary(self) -> PrivateServer:
         """Kill the primary, and wait until the other one has taken its place."""
@@ -164,7 +235,7 @@ class PrivateSentinels:
 
     def _is_well(self) -> bool:
         with suppress(redis.RedisError, IndexError):
-            port, replica = self.primary.port, self.replica
+            port, replica = self.port(self.primary), self.replica
             link = self.admin(replica).info("replication")
             master = self.admin(self.primary).info("replication")
             return (
@@ -172,7 +243,7 @@ class PrivateSentinels:
                 and (link["role"], link.get("master_port")) == ("slave", port)
                 and link["master_link_status"] == "up"
                 and master["role"] == "master"
-                and all(self._sees_all(one, replica.port) for one in self.sentinels)
+                and all(self._sees_all(one, self.port(replica)) for one in self.sentinels)
             )
         return False
 
