@@ -32,9 +32,9 @@ def plain_client(url: str, *, cluster: bool = False, of: Any = redis, **options:
     if url.startswith("redis+sentinel://"):
         first, _, service = url.removeprefix("redis+sentinel://").rpartition("/")
         host, _, port = first.partition(",")[0].partition(":")
-        asked: Any = redis.Redis(host=host, port=int(port))
-        with asked:
-            host, port = asked.sentinel_get_master_addr_by_name(service)
+        asked: Any = redis.Sentinel([(host, int(port))])
+        host, port = asked.discover_master(service)
+        asked.sentinels[0].close()
         return of.Redis(host=host, port=port, **options)
     kind = of.RedisCluster if cluster else of.Redis
     return kind.from_url(url, **options)

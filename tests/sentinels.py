@@ -144,6 +144,9 @@ class PrivateSentinels:
         self._admins[server] = client
         return server
 
+    def _ask(self, sentinel: PrivateServer, what: str) -> Any:
+        return self.admin(sentinel).execute_command(f"SENTINEL {what}", SERVICE)
+
     def _set_periods(self, **periods: int) -> None:
         for sentinel, (name, period) in product(self.sentinels, periods.items()):
             with suppress(redis.RedisError):  # Redis 6.2, or a sentinel that is away
@@ -167,7 +170,7 @@ class PrivateSentinels:
         ports: list[int] = []
         for one in self.sentinels:
             with suppress(redis.RedisError):
-                ports.append(int(self.admin(one).sentinel_get_master_addr_by_name(SERVICE)[1]))
+                ports.append(int(self._ask(one, "GET-MASTER-ADDR-BY-NAME")[1]))
         return ports
 
     @property
@@ -248,9 +251,8 @@ class PrivateSentinels:
         return False
 
     def _sees_all(self, sentinel: PrivateServer, replica: int) -> bool:
-        admin = self.admin(sentinel)
-        state = admin.sentinel_master(SERVICE)
-        seen = [one for one in admin.sentinel_slaves(SERVICE) if one["port"] == replica]
+        state = self._ask(sentinel, "MASTER")
+        seen = [one for one in self._ask(sentinel, "SLAVES") if one["port"] == replica]
         return (
             state["flags"] == "master"
             and state["num-other-sentinels"] == len(self.sentinels) - 1
