@@ -248,15 +248,22 @@ def refusal(answer: str) -> SessionStoreError:
     return _BY_CODE.get(code, SessionStoreError).from_details(json.loads(details or "{}"))
 
 
-# Redis 6.2 wraps a failure inside a script: "Error running script (…): -OOM command not allowed …"
-_WRAPPED = re.compile(r"Error running script .*-(OOM|READONLY) (.*)", re.DOTALL)
-_UNWRAPPED = {"OOM": OutOfMemoryError, "READONLY": ReadOnlyError}
+class NoReplicasError(ResponseError):
+    """The server has fewer replicas than it needs to take a write (``min-replicas-to-write``)."""
+
+
+# redis-py has no class for NOREPLICAS, and Redis 6.2 wraps a failure inside a script: "Error
+# running script (…): -OOM command not allowed …"
+_TOLD = re.compile(
+    r"(?:Error running script .*-(OOM|READONLY|NOREPLICAS)|(NOREPLICAS)) (.*)", re.DOTALL
+)
+_CLASSES = {"OOM": OutOfMemoryError, "READONLY": ReadOnlyError, "NOREPLICAS": NoReplicasError}
 
 
 def of_any_server(error: Exception) -> Exception:
-    """The error as every server version since 7.0 tells it."""
-    wrapped = _WRAPPED.match(str(error)) if type(error) is ResponseError else None
-    return error if wrapped is None else _UNWRAPPED[wrapped[1]](wrapped[2])
+    """The error as every server version since 7.0 tells it, of a class of its own."""
+    told = _TOLD.match(str(error)) if type(error) is ResponseError else None
+    return error if told is None else _CLASSES[told[1] or told[2]](told[3])
 
 
 def own_copy(error: Exception) -> Exception:
@@ -271,6 +278,7 @@ TRANSIENT: tuple[type[Exception], ...] = (
     ConnectionError,
     TimeoutError,
     ReadOnlyError,  # a primary that has just been made a replica
+    NoReplicasError,  # or is about to be
     TryAgainError,
     ClusterDownError,
 )
@@ -279,8 +287,13 @@ PASSING: tuple[type[Exception], ...] = (OutcomeUnknownError, OutOfMemoryError, *
 _NEVER_TRANSIENT = (AuthenticationError, AuthorizationError)
 _NEVER_SENT = (ConnectionRefusedError, FileNotFoundError, socket.gaierror)
 # redis-py's words; what refused the connection is not always among the error's causes.
-_NOT_CONNECTED = re.compile(r"(Error (\S+ )?|Timeout )connecting to |No connection available")
-_NEVER_RUN = (BusyLoadingError, ReadOnlyError, TryAgainError, ClusterDownError, MaxConnectionsError)
+_NOT_CONNECTED = re.compile(
+    r"(Error (\S+ )?|Timeout )connecting to |No connection available|No master found"
+)
+_NEVER_RUN = (
+    *(BusyLoadingError, ReadOnlyError, NoReplicasError),
+    *(TryAgainError, ClusterDownError, MaxConnectionsError),
+)
 
 
 def is_transient(error: BaseException) -> bool:

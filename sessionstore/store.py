@@ -299,7 +299,8 @@ class SessionStore(_Store, SyncExecutor):
         """A store with a client of its own: blocking pool, retries, one deadline per call.
 
         Args:
-            url: ``redis://``, ``rediss://`` or ``unix://``, as redis-py takes it.
+            url: ``redis://``, ``rediss://`` or ``unix://``, as redis-py takes it, or
+                ``redis+sentinel://HOST[:PORT],…/SERVICE`` (``rediss+sentinel://`` over TLS).
             redact: see the class.
             settings: see ``StoreSettings``.
         """

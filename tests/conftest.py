@@ -28,7 +28,8 @@ import pytest
 import redis
 from clusters import PrivateCluster
 from programme import attack  # noqa: F401, a fixture
-from rawkeys import RawKeys
+from rawkeys import RawKeys, plain_client
+from sentinels import PrivateSentinels
 
 import sessionstore.news
 from sessionstore import AsyncLease, AsyncSessionStore, AsyncWriter, SessionStore
@@ -39,6 +40,7 @@ T = TypeVar("T")
 
 FAKEREDIS = "fakeredis"
 CLUSTER = "cluster"
+SENTINEL = "sentinel"
 
 
 def _programs() -> dict[str, ServerProgram]:
@@ -60,6 +62,7 @@ STYLES = ("sync", "async")
 ON_ONE_SERVER = [
     *(f"{style}-{target}" for target in (FAKEREDIS, *SERVERS) for style in STYLES),
     *(f"{style}-{target}-16" for target in SERVERS for style in STYLES),
+    *(f"{style}-{SENTINEL}" for style in STYLES),
 ]
 WORLDS = [
     *ON_ONE_SERVER,
@@ -68,7 +71,7 @@ WORLDS = [
 #: For a contract test that is about one server.
 on_one_server = pytest.mark.parametrize("world", ON_ONE_SERVER, indirect=True)
 EVERY_SERVER = "--every-server"
-SERVER_FIXTURES = ("server", "own_server", "cluster_program")
+SERVER_FIXTURES = ("server", "own_server", "cluster_program", "sentinel_program")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -86,7 +89,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     What a store does with a reply, and how it spreads keys, is this side's. So a contract test runs
     on fakeredis and on one server, in different styles, and with 16 partitions on the next server;
-    every eighth on a cluster too.
+    every eighth on a cluster too, and another eighth on a pair with sentinels.
     """
     every, asked = config.getoption(EVERY_SERVER), config.getoption(programme.ATTACK)
     offered: dict[tuple[Any, ...], dict[Any, None]] = {}
@@ -129,9 +132,11 @@ def _worlds_of(turn: int) -> tuple[str, ...]:
         f"{STYLES[1 - style]}-{SERVERS[server]}",
         f"{STYLES[style]}-{following}-16",
     )
-    if turn // 4 % 8:
-        return worlds
-    return (*worlds, f"{STYLES[turn // 32 % 2]}-{CLUSTER}-{(1, 16, 256)[turn // 64 % 3]}")
+    more = {
+        0: f"{STYLES[turn // 32 % 2]}-{CLUSTER}-{(1, 16, 256)[turn // 64 % 3]}",
+        1: f"{STYLES[turn // 32 % 2]}-{SENTINEL}",
+    }.get(turn // 4 % 8)
+    return (*worlds, more) if more else worlds
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -159,16 +164,19 @@ def pytest_sessionstart() -> None:
 
 @pytest.fixture(scope="session")
 def running() -> Iterator[Callable[[str], Any]]:
-    """The running server of a program's name, or the cluster; started when first asked for."""
+    """The running server of a program's name, the cluster, or the pair; started when asked for."""
     servers: dict[str, Any] = {}
+
+    def start(name: str) -> Any:
+        if name == CLUSTER:
+            return PrivateCluster(PROGRAMS[SERVERS[-1]])
+        if name == SENTINEL:  # nothing happens to it
+            return PrivateSentinels(PROGRAMS[SERVERS[0]], down_after=60_000)
+        return PrivateServer(PROGRAMS[name])
 
     def get(name: str) -> Any:
         if name not in servers:
-            servers[name] = (
-                PrivateCluster(PROGRAMS[SERVERS[-1]])
-                if name == CLUSTER
-                else PrivateServer(PROGRAMS[name])
-            )
+            servers[name] = start(name)
         return servers[name]
 
     yield get
@@ -257,10 +265,8 @@ class World(RawKeys):
         """A plain blocking client of the same server."""
         if self.url is None:
             client: Any = fakeredis.FakeRedis(server=self._fake, **options)
-        elif self.target == CLUSTER:
-            client = redis.RedisCluster.from_url(self.url, **options)
         else:
-            client = redis.Redis.from_url(self.url, **options)
+            client = plain_client(self.url, cluster=self.target == CLUSTER, **options)
         self._opened.append(client)
         return client
 

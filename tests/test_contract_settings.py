@@ -14,6 +14,7 @@ import redis
 import redis.asyncio
 from conftest import Awaiting, on_one_server
 from faults import Fault, FaultProxy
+from rawkeys import plain_client
 
 from sessionstore import (
     AsyncSessionStore,
@@ -395,7 +396,7 @@ def test_any_client_gives_the_same_answers(
         if world.url is None:
             client = fakeredis.aioredis.FakeRedis(server=world._fake, **options)
         else:
-            client = redis.asyncio.Redis.from_url(world.url, **options)
+            client = plain_client(world.url, of=redis.asyncio, **options)
         store = Awaiting(AsyncSessionStore(client, namespace=world.namespace), world.runner)
     try:
         _assert_answers(store)
