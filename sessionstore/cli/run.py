@@ -327,7 +327,8 @@ class _Recorder:
             self._give_up(f"the store refuses ({error})")
 
     def _tell_of_lost_writes(self, error: WritesLostError) -> None:
-        message = f"the server lost {error.lost:,} entries of this session in a failover"
+        entries = "entry" if error.lost == 1 else "entries"
+        message = f"the server lost {error.lost:,} {entries} of this session in a failover"
         _say(f"{message}; the command goes on")
         self.call(self.store.add_error, self.session_id, message)
 
