@@ -13,6 +13,7 @@ from sessionstore._operation import Outcome
 from sessionstore._version import __version__
 from sessionstore.batch import AsyncBatch, Batch
 from sessionstore.errors import (
+    DurabilityError,
     ImportConflictError,
     ImportFormatError,
     InvalidArgumentError,
@@ -60,6 +61,7 @@ __all__ = [
     "Batch",
     "BufferPage",
     "Drift",
+    "DurabilityError",
     "ImportConflictError",
     "ImportFormatError",
     "Imported",

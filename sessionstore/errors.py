@@ -18,6 +18,7 @@
     ├── SchemaMismatchError           SCHEMA_MISMATCH
     ├── UnsafeServerError             UNSAFE_SERVER
     └── OutcomeUnknownError           OUTCOME_UNKNOWN           (a redis.RedisError too)
+        └── DurabilityError           DURABILITY
 
 Every class has a ``code``. A Lua script refuses with the same word, so that grep finds both ends
 of a refusal. Redis's own failures stay redis-py exceptions: a store that cannot be reached
@@ -263,6 +264,29 @@ class OutcomeUnknownError(SessionStoreError, RedisError, code="OUTCOME_UNKNOWN")
 
     #: What ``store.repeat`` needs: the call, its lane, and until when a repeat is safe.
     pending: Any = None
+
+
+class DurabilityError(OutcomeUnknownError, code="DURABILITY"):
+    """A write was carried out, and too few replicas have acknowledged it (``wait_replicas``).
+
+    It lasts unless the primary is lost before a replica has it. ``store.repeat(error)`` waits for
+    the replicas again, and gives the write's result. ``acknowledged`` is how many have it, None if
+    the server did not tell; ``wanted`` is how many were to.
+    """
+
+    acknowledged: int | None
+    wanted: int
+
+    @classmethod
+    def of(cls, wanted: int, acknowledged: int | None, why: str) -> DurabilityError:
+        """The error for a reply to WAIT; ``why``: how long it waited, or what it failed with."""
+        if acknowledged is None:
+            message = f"the server does not tell whether replicas have it ({why})"
+        else:
+            message = f"{acknowledged} of {wanted} replicas had acknowledged it after {why}"
+        error = cls(f"carried out, but {message}; store.repeat(error) waits again")
+        error.acknowledged, error.wanted = acknowledged, wanted
+        return error
 
 
 def refusal(answer: str) -> SessionStoreError:

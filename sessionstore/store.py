@@ -23,6 +23,7 @@ from collections.abc import (
 )
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self, TypeVar, Unpack, cast
 
 import redis
@@ -49,7 +50,13 @@ from sessionstore._call import (
     Together,
 )
 from sessionstore._operation import AsyncExecutor, SyncExecutor
-from sessionstore.attempts import ATTEMPTS_SHARE, POOL_WAIT_SHARE, Attempts
+from sessionstore.attempts import (
+    ATTEMPTS_SHARE,
+    POOL_WAIT_SHARE,
+    REPLICAS_SECONDS,
+    REPLICAS_SHARE,
+    Attempts,
+)
 from sessionstore.batch import AsyncBatch, Batch, Sender
 from sessionstore.clusters import TaskCluster, ThreadCluster
 from sessionstore.coalescing import LARGE_REPLIES, Coalescer
@@ -69,6 +76,7 @@ from sessionstore.news import TaskNews, ThreadNews
 from sessionstore.operations import SessionOperations
 from sessionstore.pipelining import (
     Command,
+    Replication,
     Rounds,
     Single,
     Words,
@@ -188,7 +196,31 @@ class _Store(SessionOperations):
             [one for several in sent for one in several],
             in_order=True,
             may_load=self._may_load_scripts,
+            replication=self._replication,
         )
+
+    def _rounds(self, commands: Sequence[Command]) -> Rounds:
+        return Rounds(commands, replication=self._replication)
+
+    def _waits(self, one: Command) -> bool:
+        return one.waits and self._replication is not None
+
+    @cached_property
+    def _replication(self) -> Replication | None:
+        """What each write waits for; asked for when it is known whose the client is."""
+        settings = self.settings
+        if not settings.wait_replicas:
+            return None
+        seconds = settings.deadline * REPLICAS_SHARE
+        if not self._own_client:
+            seconds = min(seconds, REPLICAS_SECONDS)
+        return Replication(settings.wait_replicas, max(round(seconds * 1000), 1))
+
+    def _refuse_replicas_on_cluster(self) -> None:
+        if self._on_cluster and self.settings.wait_replicas:
+            raise InvalidArgumentError.of(
+                "wait_replicas", "must be 0 on a Redis Cluster: it is for one primary"
+            )
 
     def _importing(self, lines: object, existing: Existing, *, dry_run: bool) -> Import:
         self._refuse_if_closed()
@@ -285,6 +317,7 @@ class SessionStore(_Store, SyncExecutor):
             else connecting.accepted(client)
         )
         self._on_cluster = isinstance(self._client, ThreadCluster)
+        self._refuse_replicas_on_cluster()
         self._news = ThreadNews(self._client, self.keyspace.news)
         self._in_bytes = _LEFT_IN_BYTES if connecting.decodes(self._client) else {}
 
@@ -532,12 +565,14 @@ class SessionStore(_Store, SyncExecutor):
         request = self._sent_as(request)
         if isinstance(request, Call):
             (one,) = self._commands(request, lane)
+            if self._waits(one):
+                return answer(request, self._send_pipeline(self._rounds([one])))
             try:
                 return self._client.execute_command(*one.evalsha, **self._in_bytes)
             except NoScriptError:
                 return self._client.execute_command(*one.eval, **self._in_bytes)
         if isinstance(request, Several):
-            return answer(request, self._send_pipeline(Rounds(self._commands(request, lane))))
+            return answer(request, self._send_pipeline(self._rounds(self._commands(request, lane))))
         if isinstance(request, Together):
             requests = [(self._sent_as(one), lane) for one, lane in request.requests]
             sent = [self._commands(*one) for one in requests]
@@ -642,12 +677,13 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         )
         self._in_bytes = _LEFT_IN_BYTES if connecting.decodes(self._client) else {}
         self._on_cluster = isinstance(self._client, TaskCluster)
+        self._refuse_replicas_on_cluster()
         self._being_opened: asyncio.Future[Exception | None] | None = None
         self._news = TaskNews(self._client, self._publish, self.keyspace.news)
         self._coalescing = (
             Coalescer(
-                self._execute if self._in_bytes else self._client.execute_command,
-                lambda several: self._send_pipeline(Rounds(several)),
+                self._send_alone,
+                lambda several: self._send_pipeline(self._rounds(several)),
                 connecting.connections_of(self._client),
                 lambda: self._own_client,
             )
@@ -873,6 +909,11 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         return reply
 
     async def _send_alone(self, one: Command) -> Any:
+        if self._waits(one):
+            (reply,) = await self._send_pipeline(self._rounds([one]))
+            if isinstance(reply, Exception):
+                raise reply
+            return reply
         try:
             return await self._execute(*one.evalsha)
         except NoScriptError:
@@ -890,7 +931,8 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         self, request: Several[Any] | Together[Any] | Snapshot[Any], lane: Lane | None
     ) -> Any:
         if isinstance(request, Several):
-            return answer(request, await self._send_pipeline(Rounds(self._commands(request, lane))))
+            rounds = self._rounds(self._commands(request, lane))
+            return answer(request, await self._send_pipeline(rounds))
         if isinstance(request, Together):
             requests = [(self._sent_as(one), lane) for one, lane in request.requests]
             sent = [self._commands(*one) for one in requests]

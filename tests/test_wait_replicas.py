@@ -1,0 +1,295 @@
+"""``wait_replicas``: a write is answered when replicas have it, or its caller is told.
+
+What a promoted replica has is what counts: the primary is killed while its replica is held up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import redis
+from conftest import PROGRAMS, STYLES, Awaiting, World
+from programme import Attack, controls, proves
+from sendings import noted_sendings
+from sentinels import PrivateSentinels
+from test_contract_batch import batch_of
+from test_sentinel import FAILOVERS, NOTICED
+from waiting import until
+from workers import Appending, at_work
+
+from sessionstore import (
+    DurabilityError,
+    InvalidArgumentError,
+    SessionNotFoundError,
+    SessionStore,
+)
+from sessionstore._server import PrivateServer
+
+DEADLINE = 20.0
+
+
+class Pair:
+    """A primary and its replica, without sentinels."""
+
+    def __init__(self, program: Any) -> None:
+        self.primary, self.replica = PrivateServer(program), PrivateServer(program)
+        with redis.Redis(port=self.replica.port) as client:
+            client.replicaof("127.0.0.1", self.primary.port)
+        with redis.Redis(port=self.primary.port, decode_responses=True) as client:
+            until(lambda: client.info("replication").get("slave0", {}).get("state") == "online")
+
+    @contextmanager
+    def held_up(self) -> Iterator[None]:
+        """While its replica takes nothing."""
+        self.replica.signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.replica.signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        self.primary.stop()
+        self.replica.stop()
+
+
+@pytest.fixture(params=PROGRAMS, scope="module")
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    started = Pair(PROGRAMS[request.param])
+    yield started
+    started.stop()
+
+
+@pytest.fixture(params=STYLES)
+def world(request: pytest.FixtureRequest, pair: Pair) -> Iterator[World]:
+    one = World(request.param, "pair", pair.primary.url)
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def store(world: World) -> Any:
+    return world.store(wait_replicas=1, deadline=2.0)
+
+
+def created(store: Any) -> str:
+    return str(store.create_session("claude", "service", "/src").id)
+
+
+def on_replica(pair: Pair, world: World, session_id: str) -> list[str]:
+    with redis.Redis(port=pair.replica.port, decode_responses=True) as client:
+        found: Any = client.lrange(world.session(session_id, ":output"), 0, -1)
+    return list(found)
+
+
+def test_what_is_answered_a_replica_has(pair: Pair, world: World, store: Any) -> None:
+    session_id = created(store)
+    for number in range(50):
+        store.add_output(session_id, str(number))
+        assert len(on_replica(pair, world, session_id)) == number + 1
+
+
+def test_a_write_that_no_replica_has_is_told_and_can_be_repeated(
+    pair: Pair, world: World, store: Any
+) -> None:
+    session_id = created(store)
+    with pair.held_up():
+        with pytest.raises(DurabilityError, match=r"^carried out, but 0 of 1 replicas") as told:
+            store.add_output(session_id, "line")
+        assert (told.value.code, told.value.acknowledged, told.value.wanted) == ("DURABILITY", 0, 1)
+        with pytest.raises(DurabilityError) as again:
+            store.repeat(told.value)
+    assert store.repeat(again.value) == 1
+    assert on_replica(pair, world, session_id) == ["line"]
+    assert store.get_session(session_id).output_total == 1  # it happened once
+
+
+def test_reads_and_refusals_do_not_wait(pair: Pair, store: Any) -> None:
+    session_id = created(store)
+    with pair.held_up():
+        assert store.get_session(session_id).output_total == 0
+        assert store.get_metrics().total_sessions == 1
+        with pytest.raises(SessionNotFoundError):
+            store.add_output("agent_claude_00000000-0000-4000-8000-000000000000", "line")
+
+
+def test_each_write_of_a_batch_is_told_and_its_reads_are_answered(
+    pair: Pair, world: World, store: Any
+) -> None:
+    session_id = created(store)
+    with pair.held_up(), batch_of(world, store) as batch:
+        added = [batch.add_output(session_id, line) for line in "ab"]
+        seen = batch.get_session(session_id)
+    assert seen.result().output_buffer == ("a", "b")
+    errors = [outcome.error for outcome in added]
+    assert [type(error) for error in errors] == [DurabilityError, DurabilityError]
+    assert [store.repeat(error) for error in errors] == [1, 2]
+    with batch_of(world, store) as batch:
+        assert batch.add_output(session_id, "c") is not None
+    assert on_replica(pair, world, session_id) == ["a", "b", "c"]
+
+
+def test_calls_that_are_sent_together_are_each_told(pair: Pair) -> None:
+    async_world = World("async", "pair", pair.primary.url)
+    try:
+        store = async_world.store(wait_replicas=1, deadline=2.0)
+        session_id = created(store)
+
+        async def all_at_once() -> list[Any]:
+            inner = store.store
+            writes = [inner.add_output(session_id, "line") for _ in range(10)]
+            reads = [inner.get_session(session_id, tail=0) for _ in range(10)]
+            return await asyncio.gather(*writes, *reads, return_exceptions=True)
+
+        assert async_world.runner is not None
+        with pair.held_up():
+            results = async_world.runner.run(all_at_once())
+        assert [type(one) for one in results[:10]] == [DurabilityError] * 10
+        assert all(one.id == session_id for one in results[10:])
+        assert sorted(store.repeat(error) for error in results[:10]) == list(range(1, 11))
+    finally:
+        async_world.close()
+
+
+def test_a_writer_goes_on_until_a_replica_has_it(pair: Pair, world: World, store: Any) -> None:
+    session_id = created(store)
+    with store.writer(session_id) as out:
+        with pair.held_up():
+            out.write("a\nb\n")
+            world.sleep(1.0)
+        out.flush()
+        assert on_replica(pair, world, session_id) == ["a", "b"]
+    assert store.get_session(session_id).output_total == 2
+
+
+def test_a_claim_that_no_replica_has_is_told_and_repeated(pair: Pair, store: Any) -> None:
+    session_id = created(store)
+    with pair.held_up(), pytest.raises(DurabilityError) as told:
+        store.claim(session_id, ttl=30)
+    assert store.get_session(session_id).status == "busy"
+    lease = store.repeat(told.value)
+    assert lease.session_id == session_id
+    store.add_output(session_id, "under the lease")
+    if isinstance(store, Awaiting):
+        lease = Awaiting(lease, store._runner)
+    lease.release()
+    assert store.get_session(session_id).status == "active"
+
+
+def test_leases_are_renewed_without_waiting(pair: Pair, world: World, store: Any) -> None:
+    session_id = created(store)
+    lease = store.claim(session_id, ttl=1.0)
+    with pair.held_up():
+        world.sleep(1.5)
+        assert lease.expires_in > 0
+
+
+def test_it_is_one_round_trip(world: World, store: Any) -> None:
+    session_id = created(store)
+    with noted_sendings() as sent:
+        store.add_output(session_id, "line")
+    assert len(sent) == 1
+    assert b"WAIT" in sent[0]
+
+
+def test_a_client_that_was_handed_in_waits_for_a_second(pair: Pair) -> None:
+    with redis.Redis(port=pair.primary.port) as client:
+        store = SessionStore(client, namespace=f"test-{uuid4().hex}", wait_replicas=1)
+        session_id = created(store)
+        began = time.monotonic()
+        with pair.held_up(), pytest.raises(DurabilityError, match="after 1 s"):
+            store.add_output(session_id, "line")
+        assert time.monotonic() - began < 3.0
+        store.delete_session(session_id)
+
+
+def test_a_user_who_may_not_wait_is_told(pair: Pair) -> None:
+    with redis.Redis(port=pair.primary.port) as admin:
+        admin.execute_command(
+            *("ACL", "SETUSER", "impatient", "on", ">secret", "~*", "&*", "+@all", "-wait")
+        )
+        url = pair.primary.url.replace("//", "//impatient:secret@")
+        name = f"test-{uuid4().hex}"
+        with (
+            SessionStore.from_url(url, namespace=name, wait_replicas=1) as store,
+            pytest.raises(DurabilityError, match="does not tell whether replicas have it") as told,
+        ):
+            created(store)
+        assert told.value.acknowledged is None
+        admin.execute_command("ACL", "DELUSER", "impatient")
+
+
+def test_a_cluster_has_no_one_primary_to_wait_for(running: Callable[[str], Any]) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"^wait_replicas must be 0 on a Redis Cluster"):
+        SessionStore.from_url("redis://127.0.0.1:1", cluster=True, wait_replicas=1)
+
+
+# ---- Failovers ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=PROGRAMS)
+def sentinel_program(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def watched(sentinel_program: str) -> Iterator[PrivateSentinels]:
+    with PrivateSentinels(PROGRAMS[sentinel_program]) as started:
+        yield started
+
+
+class Asking(Appending):
+    """A worker that asks again for what no replica has acknowledged, and counts what has been."""
+
+    async def live(self, store: Any, is_over: Any) -> None:
+        self.session_id = (await store.create_session("claude", uuid4().hex, "/src")).id
+        while not is_over.is_set():
+            line = self._line()
+            try:
+                await store.add_output(self.session_id, line)
+                self.acknowledged_at[line] = time.monotonic()
+            except DurabilityError:
+                pass
+            self.calls += 1
+            self.end_turn()
+
+
+def run(attack: Attack, pair: PrivateSentinels, kind: str, wait_replicas: int) -> None:
+    settings: dict[str, Any] = {
+        "life": Asking,
+        "deadline": DEADLINE,
+        "wait_replicas": wait_replicas,
+    }
+    with at_work(pair.url, threads=2, tasks=2, **settings) as work:
+        for _ in range(attack.size):
+            work.wait_for_turns(50)
+            old = FAILOVERS[kind](pair)
+            time.sleep(NOTICED)
+            if kind == "kill":
+                old.start()
+            if kind == "stop":
+                old.signal(signal.SIGCONT)
+            pair.wait_until_well()
+            work.wait_for_turns(50)
+    attack.tell(injected=attack.size, wrong=work.broken(), **work.seen())
+
+
+@pytest.mark.parametrize("kind", ["kill", "stop", "swap"])
+@proves("replicas waited for", ordinary=1, full=5)
+def test_no_failover_takes_what_a_replica_has_acknowledged(
+    watched: PrivateSentinels, kind: str, attack: Attack
+) -> None:
+    run(attack, watched, kind, wait_replicas=1)
+
+
+@controls("replicas waited for", ordinary=1)
+def test_a_failover_takes_what_was_not_waited_for(
+    watched: PrivateSentinels, attack: Attack
+) -> None:
+    run(attack, watched, "swap", wait_replicas=0)
