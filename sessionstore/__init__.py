@@ -30,6 +30,7 @@ from sessionstore.errors import (
     UnknownSessionTypeError,
     UnreadableSessionError,
     UnsafeServerError,
+    WritesLostError,
 )
 from sessionstore.lease import AsyncLease, Lease
 from sessionstore.models import (
@@ -87,6 +88,7 @@ __all__ = [
     "UnreadableSessionError",
     "UnsafeServerError",
     "Writer",
+    "WritesLostError",
     "__version__",
 ]
 

@@ -56,14 +56,19 @@ class Snapshot(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Several(Generic[T]):
-    """Run scripts that only read, one a partition, in one round trip.
+    """Run a script in several partitions, in one round trip.
 
-    ``decode`` gets their replies in the same order.
+    ``decode`` gets their replies in the same order. One lane serves them all: of one name, it is
+    another key in each partition.
     """
 
     calls: Sequence[Call[Any]]
     decode: Callable[[list[Any]], T | Request[T]]
-    lane: ClassVar[None] = None
+
+    @property
+    def lane(self) -> Callable[[str], str] | None:
+        """None if they only read."""
+        return self.calls[0].lane
 
     @property
     def unopened(self) -> bool:

@@ -187,7 +187,7 @@ def _cause(error: OutcomeUnknownError) -> Exception:
 
 def _give_up(request: Single) -> None:
     """Tell a request that it is not going to be sent."""
-    if request.lane is not None:
+    if isinstance(request, Call) and request.lane is not None:
         with suppress(SessionStoreError):
             request.decode(_NOT_SENT)
 

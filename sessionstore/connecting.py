@@ -124,7 +124,13 @@ def _of_sentinels(
 def _of_cluster(client_class: Any, url: Any, options: dict[str, Any]) -> Any:
     _refuse_other_than_text(url)
     try:
-        return client_class.from_url(url, require_full_coverage=False, **options)
+        return client_class.from_url(
+            url,
+            require_full_coverage=False,
+            # At every fifth MOVED the asyncio client would close the connections of all tasks.
+            reinitialize_steps=0,
+            **options,
+        )
     except (ValueError, TypeError):
         raise _bad_url("redis://[[USER]:PASSWORD@]HOST[:PORT] or rediss://…") from None
     except RedisClusterException as error:
@@ -162,7 +168,7 @@ def accepted(client: object) -> Any:
     """The caller's client; one of the wrong kind would fail later, and in words of its own."""
     client = _of_kind(client, "redis.Redis", not_of=_ASYNC)
     if isinstance(client, redis.RedisCluster):
-        return ThreadCluster(lambda: client, decodes=decodes(client))
+        return ThreadCluster(lambda: client, decodes=decodes(client), retries=True)
     return client
 
 

@@ -6,6 +6,7 @@
     │   └── SessionNotActiveError     SESSION_NOT_ACTIVE
     ├── SessionBusyError              SESSION_BUSY
     ├── LeaseLostError                LEASE_LOST
+    ├── WritesLostError               WRITES_LOST
     ├── SessionExistsError            SESSION_EXISTS
     ├── ServiceSessionInUseError      SERVICE_SESSION_IN_USE
     ├── MetadataLimitError            METADATA_LIMIT
@@ -131,6 +132,28 @@ class LeaseLostError(SessionStoreError, code="LEASE_LOST"):
         return (
             f"the lease on session {details['session_id']!r} has been lost: the session is now "
             f"{now}; nothing was changed"
+        )
+
+
+class WritesLostError(SessionStoreError, code="WRITES_LOST"):
+    """The server has lost entries that this worker had added under its lease; nothing was changed.
+
+    A failover promoted a replica that did not have them yet. ``lost`` is how many; the session
+    still is this worker's, and who sends the write again goes on without them. ``output_total`` and
+    ``error_total`` are what the server has.
+    """
+
+    lost: int
+    output_total: int
+    error_total: int
+
+    @classmethod
+    def message(cls, details: dict[str, Any]) -> str:
+        lost = details["lost"]
+        entries = f"{lost:,} {'entry' if lost == 1 else 'entries'}"
+        return (
+            f"in a failover the server has lost {entries} of session {details['session_id']!r} "
+            "that had been acknowledged; nothing was changed"
         )
 
 

@@ -17,7 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, Literal, TypeAlias, TypeGuard, TypeVar, cast
 from weakref import WeakSet
 
 from redis.exceptions import RedisError
@@ -32,6 +32,7 @@ from sessionstore.errors import (
     SessionNotActiveError,
     SessionNotFoundError,
     SessionStoreError,
+    WritesLostError,
 )
 from sessionstore.models import ENDED_STATUSES, AgentSessionStatus
 from sessionstore.operations import SessionOperations
@@ -47,6 +48,10 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds between two attempts to clai
 _LONGEST_MESSAGE = 4096  # characters of an exception in the error buffer
 
 
+#: Tries several calls in one round trip; gives for each what it failed with, if it did.
+Apart: TypeAlias = Callable[[Sequence[Call[None]]], Steps[list[Exception | None]]]
+
+
 @dataclass(slots=True, eq=False)
 class Holding:
     """One lease, as its worker knows it. Times are of ``time.monotonic()``."""
@@ -56,6 +61,7 @@ class Holding:
     fence: str
     ttl: float
     taken_from: str  # the status it had before
+    known: dict[str, int] = field(default_factory=lambda: {"output": 0, "error": 0})
     deadline: float = 0.0
     renew_at: float = 0.0
     lost: LeaseLostError | None = None
@@ -70,6 +76,23 @@ class Holding:
         self.deadline = max(self.deadline, began + self.ttl)
         self.renew_at = self.deadline - self.ttl * (1 - RENEWED_AFTER)
 
+    @property
+    def token(self) -> str:
+        """What its writes carry; ``lua/include/fence.lua`` reads it."""
+        return f"{self.fence}:{self.known['output']}:{self.known['error']}"
+
+    def knows(self, buffer: str, total: int) -> None:
+        """So many entries were ever added, as the answer to an append has told."""
+        self.known[buffer] = max(self.known[buffer], total)
+
+    def has_lost(self, token: str, error: WritesLostError) -> None:
+        """A write with this token was told that fewer are there: go on from what there is."""
+        _, *sent = map(int, token.split(":"))
+        there = (error.output_total, error.error_total)
+        for buffer, known, total in zip(self.known, sent, there, strict=True):
+            # Of what was acknowledged since that write was sent, the next one is told.
+            self.known[buffer] = total + max(self.known[buffer] - known, 0)
+
     def refuse_if_over(self) -> None:
         if self.lost is not None:
             raise self.lost
@@ -81,8 +104,9 @@ class Holding:
 class Leases:
     """The leases that one store object holds. Safe for threads."""
 
-    def __init__(self, store: SessionOperations, label: str) -> None:
+    def __init__(self, store: SessionOperations, apart: Apart, label: str) -> None:
         self._store = store
+        self._apart = apart
         self._label = label
         self.start_afresh()
         _alive.add(self)
@@ -95,6 +119,7 @@ class Leases:
         self._held: dict[str, Holding] = {}
         self._wakes_at = math.inf  # time.monotonic() of the next round of renewals
         self._closed = False
+        self._has_warned = False
 
     def held(self) -> list[Holding]:
         """The leases that have not been given back, lost ones among them."""
@@ -102,16 +127,30 @@ class Leases:
             return list(self._held.values())
 
     def fence_of(self, session_id: str) -> str:
-        """What a write to the session carries: its lease's fence, or nothing."""
+        """What a write to the session carries: its lease's token, or nothing."""
         holding = self._held.get(session_id)
-        return "" if holding is None else holding.fence
+        return "" if holding is None else holding.token
 
     def guarded(
-        self, session_id: str, fence: str, decode: Callable[[Any], T], *, ends: bool = False
+        self,
+        session_id: str,
+        fence: str,
+        decode: Callable[[Any], T],
+        *,
+        ends: bool = False,
+        added_to: Literal["output", "error"] | None = None,
     ) -> Callable[[Any], T]:
-        """The decoder of a write that carries a fence; ``ends``: the write ends the lease too."""
+        """The decoder of a write that carries a fence.
+
+        Args:
+            session_id: the session.
+            fence: what the write carries.
+            decode: the write's own decoder.
+            ends: the write ends the lease too.
+            added_to: the write appends to this buffer; its result is the buffer's total.
+        """
         holding = self._held.get(session_id)
-        if holding is None or holding.fence != fence:
+        if holding is None or not fence.startswith(f"{holding.fence}:"):
             return decode
         if ends:
             with self.lock:
@@ -123,10 +162,16 @@ class Leases:
             except (LeaseLostError, SessionNotFoundError) as error:
                 self.lose(holding, error, surely=True)
                 raise
-            except SessionStoreError:
+            except SessionStoreError as error:
                 if ends:
                     self._is_not_ending(holding)
+                if isinstance(error, WritesLostError):
+                    with self.lock:
+                        holding.has_lost(fence, error)
                 raise
+            if added_to is not None:
+                with self.lock:
+                    holding.knows(added_to, cast("int", result))
             if ends:
                 with self.lock:  # whatever it looked like meanwhile, it was not lost
                     holding.released, holding.lost = True, None
@@ -275,23 +320,26 @@ class Leases:
         if not holding.released:
             holding.refuse_if_over()
             try:
-                yield self._request("update_status", holding.session_id, status)
+                lost = yield from self._told_of_loss("update_status", holding.session_id, status)
             except (LeaseLostError, SessionNotFoundError):
                 self.forget(holding)
                 raise
             except RedisError:
                 self._is_not_ending(holding)
                 raise
+            if lost is not None:
+                raise lost
 
     def leaving(self, holding: Holding, error: BaseException | None) -> Steps[None]:
         """Give a session back as ``active``; of an exception, tell in the error buffer first."""
         if holding.released or holding.abandoned:
             return
+        told = lost = None
         try:
             if holding.lost is None and _is_worth_telling(error):
-                yield from self._telling(holding, error)
+                told = yield from self._telling(holding, error)
             if holding.lost is None:
-                yield self._request("update_status", holding.session_id, "active")
+                lost = yield from self._told_of_loss("update_status", holding.session_id, "active")
         except (LeaseLostError, SessionNotFoundError):
             pass
         except RedisError as failure:
@@ -302,15 +350,30 @@ class Leases:
             self.forget(holding)
         if holding.lost is not None and holding.lost.owner and error is None:
             raise holding.lost  # somebody else is at work on it, and so were we
+        lost = told or lost
+        if lost is not None and error is None:
+            raise lost
+        if lost is not None:
+            logger.warning("%s", lost)
 
-    def _telling(self, holding: Holding, error: BaseException) -> Steps[None]:
+    def _told_of_loss(self, operation: str, *arguments: Any) -> Steps[WritesLostError | None]:
+        """Carry out a write, also if it is told of lost entries; that error, if it was."""
+        try:
+            yield self._request(operation, *arguments)
+        except WritesLostError as lost:
+            yield self._request(operation, *arguments)
+            return lost
+        return None
+
+    def _telling(self, holding: Holding, error: BaseException) -> Steps[WritesLostError | None]:
         try:
             message = _message(error, self._store.settings.chunk_limit)
-            yield self._request("add_error", holding.session_id, message)
+            return (yield from self._told_of_loss("add_error", holding.session_id, message))
         except (LeaseLostError, SessionNotFoundError):
             raise
         except Exception as failure:  # that the session is given back matters more
             logger.warning("%r was not told in %s: %s", error, holding.session_id, failure)
+            return None
 
     def giving_all_back(self) -> Steps[None]:
         """Release what is held: nobody is going to renew it."""
@@ -347,6 +410,25 @@ class Leases:
             decode=decode,
             lane=keys.lane,
         )
+
+    def renewing_all(self, renewals: Sequence[Call[None]]) -> Steps[None]:
+        """Send a round of renewals. What fails is due again soon.
+
+        One partition may be away, and others must not wait for it: each is tried once.
+        """
+        failures: list[Exception | None] = []
+        try:
+            if self._store.settings.partitions > 1:
+                failures = yield from self._apart(renewals)
+            else:
+                for renewal in renewals:  # noqa: UP028  a list cannot be sent the results
+                    yield renewal
+        except Exception as error:
+            failures = [error]
+        failure = next(filter(None, failures), None)
+        if failure is not None and not self._has_warned:  # once, however long it takes
+            logger.warning("leases were not renewed, trying again: %s", failure)
+        self._has_warned = failure is not None
 
     def next_round(self) -> tuple[float, list[Call[None]]] | None:
         """Seconds until a renewal is due, and what is to be sent then; None if nothing is held.

@@ -34,7 +34,7 @@ from typing import Any, Self
 from sessionstore._call import REQUESTS, Request, Steps
 from sessionstore._operation import AsyncExecutor, SyncExecutor
 from sessionstore.errors import InvalidArgumentError, SessionStoreError
-from sessionstore.holding import Holding, Leases, alive
+from sessionstore.holding import Apart, Holding, Leases, alive
 from sessionstore.models import AgentSessionStatus
 from sessionstore.operations import SessionOperations
 
@@ -119,8 +119,9 @@ class Lease(HeldLease):
     """A session in this worker's hands, renewed by a daemon thread until it is given back.
 
     In a ``with``, leaving gives the session back as ``active``, after an exception with a line in
-    its error buffer. Leaving does nothing if it was given back before, has ended, or is gone; it
-    raises ``LeaseLostError`` if another worker holds it by now.
+    its error buffer. Leaving does nothing if it was given back before, has ended, or is gone. It
+    raises ``LeaseLostError`` if another worker holds it by now. If the server has lost entries that
+    were added under the lease, it gives the session back and raises ``WritesLostError``.
     """
 
     def __init__(self, leases: ThreadLeases, holding: Holding) -> None:
@@ -140,6 +141,8 @@ class Lease(HeldLease):
 
         Raises:
             LeaseLostError: others have ended the lease.
+            WritesLostError: the server has lost entries that were added under it; the session has
+                been given back.
         """
         self._leases.executor.carry(self._leases.releasing(self._holding, status))
 
@@ -158,9 +161,11 @@ class Lease(HeldLease):
 class ThreadLeases(Leases):
     """The leases of a ``SessionStore``."""
 
-    def __init__(self, store: SessionOperations, executor: SyncExecutor, label: str) -> None:
+    def __init__(
+        self, store: SessionOperations, executor: SyncExecutor, apart: Apart, label: str
+    ) -> None:
         self.executor = executor
-        super().__init__(store, label)
+        super().__init__(store, apart, label)
 
     def start_afresh(self) -> None:
         super().start_afresh()
@@ -198,14 +203,11 @@ class ThreadLeases(Leases):
                         self._thread = None
                         return
                 continue
-            pause, requests = following
+            pause, renewals = following
             if self._news.wait(pause):
                 self._news.clear()
-            for request in requests:
-                try:
-                    self.executor.execute(request)
-                except Exception as error:
-                    logger.warning("leases were not renewed, trying again: %s", error)
+            if renewals:
+                self.executor.carry(self.renewing_all(renewals))
 
 
 def give_all_back() -> None:
@@ -254,9 +256,11 @@ class AsyncLease(HeldLease):
 class TaskLeases(Leases):
     """The leases of an ``AsyncSessionStore``."""
 
-    def __init__(self, store: SessionOperations, executor: AsyncExecutor, label: str) -> None:
+    def __init__(
+        self, store: SessionOperations, executor: AsyncExecutor, apart: Apart, label: str
+    ) -> None:
         self.executor = executor
-        super().__init__(store, label)
+        super().__init__(store, apart, label)
 
     def start_afresh(self) -> None:
         super().start_afresh()
@@ -286,17 +290,14 @@ class TaskLeases(Leases):
 
     async def _renew(self) -> None:
         while (following := self.next_round()) is not None:
-            pause, requests = following
+            pause, renewals = following
             # Not wait_for: Python 3.11's may swallow a cancellation, and the loop then never ends.
             with suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._news.wait()
             self._news.clear()
-            for request in requests:
-                try:
-                    await self.executor.execute(request)
-                except Exception as error:
-                    logger.warning("leases were not renewed, trying again: %s", error)
+            if renewals:
+                await self.executor.carry(self.renewing_all(renewals))
 
 
 class AsyncClaim:

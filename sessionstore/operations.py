@@ -201,6 +201,7 @@ class SessionOperations:
             SessionStatusError: its status is not among ``expected``; nothing was changed.
             SessionBusyError: another worker holds it; nothing was changed.
             LeaseLostError: this worker has claimed it and lost it; nothing was changed.
+            WritesLostError: it holds it, and a failover has lost entries; nothing was changed.
         """
         keys, session_id = self._locate(session_id)
         status = check.status("status", status)
@@ -260,6 +261,7 @@ class SessionOperations:
             SessionNotFoundError: there is no such session.
             SessionBusyError: another worker holds it; nothing was added.
             LeaseLostError: this worker has claimed it and lost it; nothing was added.
+            WritesLostError: it holds it, and a failover has lost entries; nothing was added.
         """
         return self._append("add_output", session_id, chunks)
 
@@ -282,6 +284,7 @@ class SessionOperations:
         Raises:
             SessionBusyError: another worker holds it; nothing was deleted.
             LeaseLostError: this worker has claimed it and lost it; nothing was deleted.
+            WritesLostError: it holds it, and a failover has lost entries; nothing was deleted.
         """
         keys, session_id = self._locate(session_id)
         fence = self._leases.fence_of(session_id)
@@ -543,7 +546,8 @@ class SessionOperations:
         A session whose lease has expired is marked, and ended by a later pass unless its worker has
         renewed the lease: between one and three times ``reap_grace`` after the mark, for an older
         mark may be from before an outage in which nobody could renew. It becomes ``error``, with a
-        line in its error buffer that names the lost worker.
+        line in its error buffer that names the lost worker. If a partition is away this raises; the
+        others have been reaped.
 
         Args:
             idle_for: sessions that nobody holds and that have had no activity for so many seconds
@@ -588,20 +592,29 @@ class SessionOperations:
                 lane=keys.lane,
             )
 
-        def rest(answer: Any) -> Generator[Request[Any], Any, list[Reaped]]:
-            """Script after script, partition after partition."""
-            told: list[Reaped] = []
-            partition = 0
-            while True:
-                some, place = answer
-                told += some
-                if not place:
-                    partition += 1
-                    if partition == len(self.keyspace.all):
-                        return told
-                answer = yield script(self.keyspace.all[partition], place)
+        def in_each(partitions: Sequence[tuple[Keys, Sequence[str | int]]]) -> Request[list[Any]]:
+            calls = [script(keys, place) for keys, place in partitions]
+            if len(calls) == 1:
+                return then(calls[0], lambda answer: [answer])
+            return Several(calls, lambda replies: [codec.reaped(reply) for reply in replies])
 
-        return stepwise(script(self.keyspace.all[0]), rest)
+        def rest(answers: list[Any]) -> Generator[Request[Any], Any, list[Reaped]]:
+            """Script after script, where a partition has more to end than one script may."""
+            told: list[Reaped] = []
+            partitions = self.keyspace.all
+            while True:
+                told += [one for some, _ in answers for one in some]
+                unfinished = [
+                    (keys, place)
+                    for keys, (_, place) in zip(partitions, answers, strict=True)
+                    if place
+                ]
+                if not unfinished:
+                    return told
+                partitions = tuple(keys for keys, _ in unfinished)
+                answers = yield in_each(unfinished)
+
+        return stepwise(in_each([(keys, ()) for keys in self.keyspace.all]), rest)
 
     @feed
     def check(self) -> Feed[Problem, Any]:
@@ -661,6 +674,7 @@ class SessionOperations:
             session_id = check.text("session_id", session_id)
         keys, lane = _appended_to(self.keyspace, script, session_id)
         fence = self._leases.fence_of(session_id)
+        buffer: Literal["output", "error"] = "output" if script == "add_output" else "error"
         return Call(
             script,
             keys,
@@ -671,7 +685,7 @@ class SessionOperations:
                 fence,
                 *check.chunks(chunks, self.redact, self.settings.chunk_limit),
             ),
-            self._leases.guarded(session_id, fence, _total) if fence else _total,
+            self._leases.guarded(session_id, fence, _total, added_to=buffer) if fence else _total,
             lane,
         )
 

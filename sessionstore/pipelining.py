@@ -85,7 +85,7 @@ def commands(request: Single, lane: Lane | None, *, is_guarded: bool = False) ->
     if isinstance(request, Call):
         return [command(request, lane, is_guarded=is_guarded)]
     if isinstance(request, Several):
-        return [command(call, None, is_guarded=is_guarded) for call in request.calls]
+        return [command(call, lane, is_guarded=is_guarded) for call in request.calls]
     words: list[Words] = [("MULTI",), *request.commands, ("EXEC",)]
     return [Command(None, one) for one in words]
 

@@ -46,6 +46,10 @@ class _Reaping:
         }
         self._on_reaped = on_reaped
 
+    def pause_after_failure(self, grace: float) -> float:
+        """Seconds until the next pass: this one may have marked sessions, in some partitions."""
+        return min(self.every, LOOK_AGAIN * grace)
+
     def pause_after(self, reaped: Sequence[Reaped], grace: float) -> float:
         """Tell of one pass; seconds until the next."""
         for one in reaped:
@@ -112,7 +116,7 @@ class Reaper:
                 pause = self._reaping.pause_after(reaped, self._store.settings.reap_grace)
             except Exception as error:
                 logger.warning("a pass of the reaper failed: %s", error)
-                pause = self._reaping.every
+                pause = self._reaping.pause_after_failure(self._store.settings.reap_grace)
 
     def __enter__(self) -> Self:
         self.start()
@@ -165,7 +169,7 @@ class AsyncReaper:
                 pause = self._reaping.pause_after(reaped, self._store.settings.reap_grace)
             except Exception as error:
                 logger.warning("a pass of the reaper failed: %s", error)
-                pause = self._reaping.every
+                pause = self._reaping.pause_after_failure(self._store.settings.reap_grace)
 
     async def _stopped_within(self, seconds: float) -> bool:
         with suppress(TimeoutError):

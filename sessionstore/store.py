@@ -19,6 +19,7 @@ from collections.abc import (
     Coroutine,
     Iterable,
     Iterator,
+    Sequence,
 )
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ from sessionstore.errors import (
     InvalidArgumentError,
     OutcomeUnknownError,
     SessionStoreError,
+    is_transient,
     own_copy,
 )
 from sessionstore.importing import Existing, Import
@@ -115,7 +117,7 @@ class _Store(SessionOperations):
         self.redact = redact
         self._own_client = own_client
         self._lanes = Lanes()
-        self._checked = False
+        self._checked = self._has_been_checked = False
         self._warned_of = ""
         self._may_load_scripts = True
         self._closed = False
@@ -161,6 +163,18 @@ class _Store(SessionOperations):
             ),
             pending=lambda request, lane: Pending(self, request, lane),
         )
+
+    def _apart(self, calls: Sequence[Call[None]]) -> Steps[list[Exception | None]]:
+        """Try writes in one round trip, once; for each what it failed with, if it did."""
+        once = Attempts("renew", None, is_write=False, began=time.monotonic())
+        lanes = [self._lanes.take() for _ in calls]
+        try:
+            sent = list(zip(calls, lanes, strict=True))
+            replies: list[Any] = yield Together(sent, once, lambda replies: replies)
+        finally:
+            for lane in lanes:
+                self._lanes.give_back(lane)
+        return [_failure(call, reply) for call, reply in zip(calls, replies, strict=True)]
 
     def _sent_as(self, request: Request[Any]) -> Any:
         """The request itself; on a cluster the script in place of a MULTI."""
@@ -222,14 +236,25 @@ class _Store(SessionOperations):
             raise InvalidArgumentError.of(
                 "cluster", "must be true: this server is a node of a Redis Cluster"
             ) from meta
-        if isinstance(meta, Exception):
-            raise meta
-        opening.check_layout(meta, self.settings)
+        if not isinstance(meta, Exception):
+            opening.check_layout(meta, self.settings)
+        elif not (self._on_cluster and self._has_been_checked and is_transient(meta)):
+            raise meta  # else the one node that has it is away, and others need not wait for it
         warning = opening.check_server(info, self.settings)
         if warning and warning != self._warned_of:  # once, however often connections fail
             logger.warning(warning)
         self._warned_of = warning
-        self._checked = True
+        self._checked = self._has_been_checked = True
+
+
+def _failure(call: Call[None], reply: Any) -> Exception | None:
+    if isinstance(reply, Exception):
+        return reply
+    try:
+        call.decode(reply)
+    except SessionStoreError as error:
+        return error
+    return None
 
 
 class SessionStore(_Store, SyncExecutor):
@@ -253,7 +278,7 @@ class SessionStore(_Store, SyncExecutor):
     ) -> None:
         loaded = StoreSettings.load(**settings)
         super().__init__(own_client=client is None, redact=redact, settings=loaded)
-        self._leases = ThreadLeases(self, self, loaded.worker)
+        self._leases = ThreadLeases(self, self, self._apart, loaded.worker)
         self._client = (
             connecting.connect(connecting.url_from_environment(), loaded)
             if client is None
@@ -512,7 +537,7 @@ class SessionStore(_Store, SyncExecutor):
             except NoScriptError:
                 return self._client.execute_command(*one.eval, **self._in_bytes)
         if isinstance(request, Several):
-            return answer(request, self._send_pipeline(Rounds(self._commands(request, None))))
+            return answer(request, self._send_pipeline(Rounds(self._commands(request, lane))))
         if isinstance(request, Together):
             requests = [(self._sent_as(one), lane) for one, lane in request.requests]
             sent = [self._commands(*one) for one in requests]
@@ -609,7 +634,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
     ) -> None:
         loaded = StoreSettings.load(**settings)
         super().__init__(own_client=client is None, redact=redact, settings=loaded)
-        self._leases = self._tasks = TaskLeases(self, self, loaded.worker)
+        self._leases = self._tasks = TaskLeases(self, self, self._apart, loaded.worker)
         self._client = (
             connecting.connect_async(connecting.url_from_environment(), loaded)
             if client is None
@@ -841,7 +866,7 @@ class AsyncSessionStore(_Store, AsyncExecutor):
                 encoded(request, lane, is_guarded=self._on_cluster),
                 has_large_reply=request.script in LARGE_REPLIES,
             )
-        return self._send_several(request)
+        return self._send_several(request, lane)
 
     def _execute(self, *words: Any) -> Awaitable[Any]:
         reply: Awaitable[Any] = self._client.execute_command(*words, **self._in_bytes)
@@ -853,15 +878,19 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         except NoScriptError:
             return await self._execute(*one.eval)
 
-    async def _send_several(self, request: Several[Any] | Together[Any] | Snapshot[Any]) -> Any:
+    async def _send_several(
+        self, request: Several[Any] | Together[Any] | Snapshot[Any], lane: Lane | None
+    ) -> Any:
         if self._coalescing is None:
-            return await self._send_at_once(request)
+            return await self._send_at_once(request, lane)
         async with self._coalescing.alone():
-            return await self._send_at_once(request)
+            return await self._send_at_once(request, lane)
 
-    async def _send_at_once(self, request: Several[Any] | Together[Any] | Snapshot[Any]) -> Any:
+    async def _send_at_once(
+        self, request: Several[Any] | Together[Any] | Snapshot[Any], lane: Lane | None
+    ) -> Any:
         if isinstance(request, Several):
-            return answer(request, await self._send_pipeline(Rounds(self._commands(request, None))))
+            return answer(request, await self._send_pipeline(Rounds(self._commands(request, lane))))
         if isinstance(request, Together):
             requests = [(self._sent_as(one), lane) for one, lane in request.requests]
             sent = [self._commands(*one) for one in requests]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, Self
@@ -101,8 +102,38 @@ class PrivateCluster:
         port = self._owners(slot)[0]
         return next(node for node in self.nodes if node.port == port)
 
+    def next_to(self, node: PrivateServer) -> PrivateServer:
+        """Another primary; in turn, all of them."""
+        primaries = [one for one, client in zip(self.nodes, self._admins, strict=True)
+                     if client.role()[0] == "master"]  # fmt: skip
+        return primaries[(primaries.index(node) + 1) % len(primaries)]
+
+    def settle(self) -> None:
+        """Wait until all nodes agree whose each slot is, and replicas have what primaries have.
+
+        A replica that has not heard of a move is promoted with a slot that is another's. And two
+        nodes that give themselves the same epoch, each for a slot of its own, may disagree on.
+        """
+        until(lambda: len({self._view_of(client) for client in self._admins}) == 1)
+        reached = [client.info("replication")["master_repl_offset"] for client in self._admins]
+        for client, offset in zip(self._admins, reached, strict=True):
+            until(lambda: self._are_at(client, offset))  # noqa: B023
+
+    @staticmethod
+    def _view_of(client: Any) -> tuple[Any, ...]:
+        slots = client.execute_command("CLUSTER SLOTS")
+        owners = sorted((first, last, port) for first, last, (_, port, *_), *_ in slots)
+        return (client.cluster("INFO")["cluster_current_epoch"], *owners)
+
+    @staticmethod
+    def _are_at(client: Any, offset: int) -> bool:
+        found = client.info("replication")
+        replicas = [value for name, value in found.items() if re.fullmatch(r"slave\d+", name)]
+        return all(int(replica["offset"]) >= offset for replica in replicas)
+
     def fail_over(self, slot: int) -> PrivateServer:
         """Kill the primary of a slot, and wait until a replica has taken its place."""
+        self.settle()
         node = self.owner_of(slot)
         node.kill()
         until(lambda: self.owner_of(slot) is not node)
@@ -112,6 +143,7 @@ class PrivateCluster:
         """Start a node again, which becomes a replica of what took its place."""
         node.start()
         until(lambda: self._is_in_step(self.admin(node)))
+        self.settle()
 
     def move(
         self, slot: int, to: PrivateServer, hold: Callable[[int], object] = lambda _: None
@@ -121,7 +153,7 @@ class PrivateCluster:
         ``hold`` is called before the first key is moved, when half of them are, and after the last,
         with how many have been.
         """
-        until(lambda: len(self._owners(slot)) == 1)
+        self.settle()
         source, target = self.admin(self.owner_of(slot)), self.admin(to)
         target_id = target.execute_command("CLUSTER MYID")
         target.cluster("SETSLOT", slot, "IMPORTING", source.execute_command("CLUSTER MYID"))
@@ -138,6 +170,18 @@ class PrivateCluster:
         for client in (target, source, *self._admins):
             with suppress(redis.RedisError):  # a replica, or a node that is away
                 client.cluster("SETSLOT", slot, "NODE", target_id)
+
+    def move_whole(self, slot: int, to: PrivateServer) -> None:
+        """Move a slot by atomic slot migration, as Valkey 9 does it."""
+        source, target = self.owner_of(slot), self.admin(to).execute_command("CLUSTER MYID")
+        range_of_one = ("SLOTSRANGE", slot, slot)
+        self.admin(source).execute_command("CLUSTER MIGRATESLOTS", *range_of_one, "NODE", target)
+        until(lambda: self._owners(slot) == [to.port])
+
+    def count_of(self, error: str) -> int:
+        """How often the nodes have answered with an error since they were started."""
+        stats = [client.info("errorstats") for client in self._admins]
+        return sum(int(one.get(f"errorstat_{error}", {}).get("count", 0)) for one in stats)
 
     def stop(self) -> None:
         self._stack.close()

