@@ -12,14 +12,16 @@ import logging
 import ssl
 from typing import Any
 
+from redis import connection
 from redis.asyncio.connection import RedisSSLContext
-from redis.connection import parse_url
 from redis.exceptions import RedisError
 
 from sessionstore.errors import InvalidArgumentError
 
 logger = logging.getLogger("sessionstore")
 
+_redis_py: Any = connection  # whose types are not whole
+_context_of: Any = RedisSSLContext
 _FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 _OF_A_CONTEXT = (
     *("keyfile", "certfile", "cert_reqs", "ca_certs", "ca_data", "ca_path"),
@@ -36,7 +38,7 @@ def check(url: str) -> None:
     if not url.startswith("rediss://"):
         return
     try:
-        options: dict[str, Any] = dict(parse_url(url))
+        options: dict[str, Any] = _redis_py.parse_url(url)
     except ValueError:
         return  # it is no URL, which the client will say
     for name in _FILES:
@@ -47,11 +49,11 @@ def check(url: str) -> None:
     if given["certfile"]:  # looked at already; with a password OpenSSL would ask the terminal
         given["certfile"] = given["keyfile"] = None
     try:
-        context = RedisSSLContext(**{n: value for n, value in given.items() if value is not None})
-        mode = context.get().verify_mode
+        used = {name: value for name, value in given.items() if value is not None}
+        context: ssl.SSLContext = _context_of(**used).get()
     except (OSError, ValueError, TypeError, RedisError) as error:
         raise InvalidArgumentError.of("ssl_ options", f"are of no use: {error}") from None
-    if mode == ssl.CERT_NONE:
+    if context.verify_mode == ssl.CERT_NONE:
         logger.warning("ssl_cert_reqs=none: anybody on the way can pass for the server")
     elif not given["check_hostname"]:
         logger.warning(
