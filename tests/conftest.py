@@ -217,6 +217,19 @@ def own_server(request: pytest.FixtureRequest) -> Iterator[PrivateServer]:
         yield started
 
 
+@pytest.fixture(params=SERVERS)
+def sentinel_program(request: pytest.FixtureRequest) -> str:
+    """The program of a pair with sentinels."""
+    return str(request.param)
+
+
+@pytest.fixture
+def pair(sentinel_program: str) -> Iterator[PrivateSentinels]:
+    """A primary, a replica and three sentinels, for this test alone."""
+    with PrivateSentinels(PROGRAMS[sentinel_program]) as started:
+        yield started
+
+
 class Awaiting:
     """An async store, a lease or a writer of it, whose coroutine functions are run to their end.
 

@@ -51,18 +51,6 @@ HEARD = 6.0
 NOTICED = sentinels.ASK_EVERY + 0.25
 
 
-@pytest.fixture(params=PROGRAMS)
-def sentinel_program(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def pair(sentinel_program: str) -> Iterator[PrivateSentinels]:
-    """A primary, a replica and three sentinels, for this test alone."""
-    with PrivateSentinels(PROGRAMS[sentinel_program]) as started:
-        yield started
-
-
 @pytest.fixture
 def shared(running: Callable[[str], Any]) -> Any:
     """The pair of the contract tests, to which nothing happens."""

@@ -9,12 +9,10 @@ from __future__ import annotations
 import signal
 import time
 import traceback
-from collections.abc import Iterator
 from typing import Any
 from uuid import uuid4
 
 import pytest
-from conftest import PROGRAMS
 from programme import Attack, controls, proves
 from sentinels import PrivateSentinels
 from test_sentinel import FAILOVERS, NOTICED
@@ -25,18 +23,6 @@ from sessionstore.holding import Holding
 
 DEADLINE = 20.0
 KINDS = ("kill", "stop", "swap")
-
-
-@pytest.fixture(params=PROGRAMS)
-def sentinel_program(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def pair(sentinel_program: str) -> Iterator[PrivateSentinels]:
-    """A primary, a replica and three sentinels, for this test alone."""
-    with PrivateSentinels(PROGRAMS[sentinel_program]) as started:
-        yield started
 
 
 class Leased(Life):
