@@ -180,6 +180,35 @@ def test_it_is_one_round_trip(store: Any) -> None:
     assert b"WAIT" in sent[0]
 
 
+def test_to_wait_on_another_connection_is_to_wait_for_nothing(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: the same WAIT, on a connection that has written nothing."""
+
+    def send(self: Any, rounds: Any) -> list[Any]:
+        while to_send := rounds.following():
+            *writes, wait = to_send
+            with self._client.pipeline(transaction=False) as pipe:
+                for words in writes:
+                    pipe.execute_command(*words)
+                replies = pipe.execute(raise_on_error=False)
+            with redis.Redis(port=pair.primary.port) as other:
+                rounds.take([*replies, other.execute_command(*wait)])
+        return list(rounds.replies)
+
+    with SessionStore.from_url(
+        pair.primary.url, namespace=f"test-{uuid4().hex}", wait_replicas=1, deadline=2.0
+    ) as store:
+        session_id = created(store)
+        with pair.held_up():
+            with pytest.raises(DurabilityError):
+                store.add_output(session_id, "line")
+            with monkeypatch.context() as patch:
+                patch.setattr(SessionStore, "_send_pipeline", send)
+                assert store.add_output(session_id, "line") == 2  # and no replica has it
+        store.delete_session(session_id)
+
+
 def test_a_client_that_was_handed_in_waits_for_a_second(pair: Pair) -> None:
     with redis.Redis(port=pair.primary.port) as client:
         store = SessionStore(client, namespace=f"test-{uuid4().hex}", wait_replicas=1)
