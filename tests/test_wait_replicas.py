@@ -183,7 +183,8 @@ def test_it_is_one_round_trip(store: Any) -> None:
 def test_to_wait_on_another_connection_is_to_wait_for_nothing(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The control: the same WAIT, on a connection that has written nothing."""
+    """The control: the same WAIT, on a connection of a pool that has written nothing since."""
+    other = redis.Redis(port=pair.primary.port)
 
     def send(self: Any, rounds: Any) -> list[Any]:
         while to_send := rounds.following():
@@ -192,14 +193,17 @@ def test_to_wait_on_another_connection_is_to_wait_for_nothing(
                 for words in writes:
                     pipe.execute_command(*words)
                 replies = pipe.execute(raise_on_error=False)
-            with redis.Redis(port=pair.primary.port) as other:
-                rounds.take([*replies, other.execute_command(*wait)])
+            rounds.take([*replies, other.execute_command(*wait)])
         return list(rounds.replies)
 
-    with SessionStore.from_url(
-        pair.primary.url, namespace=f"test-{uuid4().hex}", wait_replicas=1, deadline=2.0
-    ) as store:
+    with (
+        other,
+        SessionStore.from_url(
+            pair.primary.url, namespace=f"test-{uuid4().hex}", wait_replicas=1, deadline=2.0
+        ) as store,
+    ):
         session_id = created(store)
+        other.ping()
         with pair.held_up():
             with pytest.raises(DurabilityError):
                 store.add_output(session_id, "line")
