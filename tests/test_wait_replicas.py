@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -183,8 +184,8 @@ def test_it_is_one_round_trip(store: Any) -> None:
 def test_to_wait_on_another_connection_is_to_wait_for_nothing(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The control: the same WAIT, on a connection of a pool that has written nothing since."""
-    other = redis.Redis(port=pair.primary.port)
+    """The control: the same WAIT, on a connection that has written nothing."""
+    other = socket.create_connection(("127.0.0.1", pair.primary.port))
 
     def send(self: Any, rounds: Any) -> list[Any]:
         while to_send := rounds.following():
@@ -193,7 +194,8 @@ def test_to_wait_on_another_connection_is_to_wait_for_nothing(
                 for words in writes:
                     pipe.execute_command(*words)
                 replies = pipe.execute(raise_on_error=False)
-            rounds.take([*replies, other.execute_command(*wait)])
+            other.sendall(" ".join(map(str, wait)).encode() + b"\r\n")
+            rounds.take([*replies, int(other.recv(16)[1:])])
         return list(rounds.replies)
 
     with (
@@ -203,7 +205,6 @@ def test_to_wait_on_another_connection_is_to_wait_for_nothing(
         ) as store,
     ):
         session_id = created(store)
-        other.ping()
         with pair.held_up():
             with pytest.raises(DurabilityError):
                 store.add_output(session_id, "line")
