@@ -14,7 +14,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisClusterException
 from redis.retry import Retry
 
-from sessionstore import sentinels
+from sessionstore import sentinels, tls
 from sessionstore.attempts import CONNECT_SHARE, POOL_WAIT_SHARE, READ_SHARE
 from sessionstore.clusters import TaskCluster, ThreadCluster
 from sessionstore.errors import InvalidArgumentError
@@ -86,6 +86,7 @@ def _options(settings: StoreSettings, retry: Any, *, nodes: int = 1, **more: Any
 def _pool(pool_class: Any, url: Any, settings: StoreSettings, retry: Any, nodes: int = 1) -> Any:
     options = _options(settings, retry, nodes=nodes)
     _refuse_other_than_text(url)
+    tls.check(url)
     try:
         pool = pool_class.from_url(
             url,
@@ -117,12 +118,15 @@ def _of_sentinels(
         named = sentinels.parsed(url)
         pool = _pool(pool_class, named.server, settings, retry, nodes=2)
         return client_of(named, pool)
+    except InvalidArgumentError:
+        raise
     except (ValueError, TypeError):
         raise _bad_url(f"{sentinels.URL_FORMS} or rediss+sentinel://…") from None
 
 
 def _of_cluster(client_class: Any, url: Any, options: dict[str, Any]) -> Any:
     _refuse_other_than_text(url)
+    tls.check(url)
     try:
         return client_class.from_url(
             url,

@@ -31,6 +31,8 @@ import copy
 import json
 import re
 import socket
+import ssl
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any, ClassVar
 
@@ -344,18 +346,40 @@ _NEVER_RUN = (
 )
 
 
+# What OpenSSL calls it when this side refuses the server's certificate, or the server this side's,
+# of which TLS 1.3 tells at the first read only; and when the other side speaks no TLS.
+_REFUSED_BY_TLS = re.compile(
+    "CERTIFICATE_VERIFY_FAILED|ALERT_(.*CERTIFICATE|UNKNOWN_CA|ACCESS_DENIED|HANDSHAKE_FAILURE"
+    "|PROTOCOL_VERSION)|WRONG_VERSION_NUMBER|UNSUPPORTED_PROTOCOL"
+)
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether the same command may well succeed a moment later."""
-    return isinstance(error, TRANSIENT) and not isinstance(error, _NEVER_TRANSIENT)
+    return isinstance(error, TRANSIENT) and not _is_refused_for_good(error)
 
 
 def surely_not_run(error: BaseException) -> bool:
     """Whether the server certainly did not carry out the command that failed like this."""
-    if isinstance(error, (*_NEVER_RUN, *_NEVER_TRANSIENT)) or _NOT_CONNECTED.match(str(error)):
-        return True
+    return (
+        isinstance(error, _NEVER_RUN)
+        or _is_refused_for_good(error)
+        or _NOT_CONNECTED.match(str(error)) is not None
+        or any(isinstance(cause, _NEVER_SENT) for cause in _causes(error))
+    )
+
+
+def _is_refused_for_good(error: BaseException) -> bool:
+    """Whether a password or a certificate is refused: the next attempt would be too."""
+    return isinstance(error, _NEVER_TRANSIENT) or any(
+        isinstance(cause, ssl.SSLError) and _REFUSED_BY_TLS.search(str(cause)) is not None
+        for cause in _causes(error)
+    )
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, what it came from, and so on."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, _NEVER_SENT):
-            return True
+        yield cause
         cause = cause.__cause__ or cause.__context__
-    return False

@@ -15,6 +15,7 @@ import inspect
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self, TypeVar
@@ -150,6 +151,20 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         if name not in PROGRAMS
     ]
     return lines
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """How many tests have passed on each target, where each test is to run on all."""
+    if not config.getoption(EVERY_SERVER):
+        return
+    passed: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("passed", ()):
+        parameters = report.nodeid.partition("[")[2]
+        worlds = [name for name in WORLDS if parameters.startswith((f"{name}-", f"{name}]"))]
+        if worlds:
+            passed[max(worlds, key=len).partition("-")[2]] += 1
+    for target, count in sorted(passed.items()):
+        terminalreporter.write_line(f"on {target}: {count:,} tests passed")
 
 
 def pytest_sessionstart() -> None:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 from uuid import uuid4
@@ -21,6 +22,7 @@ from uuid import uuid4
 import pytest
 import redis
 import redis.asyncio
+import trustme
 from conftest import PROGRAMS, SENTINEL, STYLES, Awaiting, World
 from programme import Attack, controls, proves
 from sentinels import OFTEN, SERVICE, Locks, PrivateSentinels
@@ -100,9 +102,17 @@ def test_a_url_names_sentinels_and_a_service(url: str, asked: Any, service: str)
 
 @pytest.mark.parametrize("connect", [connecting.connect, connecting.connect_async])
 @pytest.mark.parametrize("scheme", ["redis", "rediss"])
-def test_each_option_goes_to_whom_it_is_for(connect: Callable[..., Any], scheme: str) -> None:
+def test_each_option_goes_to_whom_it_is_for(
+    connect: Callable[..., Any], scheme: str, tmp_path: Path
+) -> None:
     options = "db=3&sentinel_username=s&sentinel_password=%40t&health_check_interval=7"
-    tls = {"ssl_ca_certs": "/ca.pem", "ssl_certfile": "/c.pem"} if scheme == "rediss" else {}
+    tls: dict[str, str] = {}
+    if scheme == "rediss":
+        tls = {"ssl_ca_certs": f"{tmp_path}/ca.pem", "ssl_certfile": f"{tmp_path}/own.pem"}
+        authority = trustme.CA()
+        authority.cert_pem.write_to_path(tls["ssl_ca_certs"])
+        own = authority.issue_cert("worker")
+        own.private_key_and_cert_chain_pem.write_to_path(tls["ssl_certfile"])
     url = f"{scheme}+sentinel://u:p%2F@a,b:5/primary?{options}" + "".join(
         f"&{name}={value}" for name, value in tls.items()
     )
