@@ -30,9 +30,9 @@ ATTEMPTS_SHARE = 0.55
 POOL_WAIT_SHARE = 0.05
 CONNECT_SHARE = 0.15
 READ_SHARE = 0.25
-#: How long a write waits for replicas, within the time to read its answer; or seconds, if less.
-REPLICAS_SHARE = 0.15
-REPLICAS_SECONDS = 1.0  # with a client that was handed in
+#: How much of the time to read its answer a write waits for replicas: the answer must still come.
+REPLICAS_SHARE = 0.6
+REPLICAS_SECONDS = 1.0  # at most, with a client that was handed in
 
 _FIRST_PAUSE = 0.01  # seconds
 _LONGEST_PAUSE = 0.5

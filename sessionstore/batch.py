@@ -137,10 +137,11 @@ class _Batch(SessionOperations, BatchExecutor):
             except Exception as error:
                 replies, away = [error] * len(some), error
             for number, noted in enumerate(some):
-                if away is not None and replies[number] is away:
+                reply = replies[number]
+                if away is not None and reply is away:
                     replies[number] = self._own_error(noted, away)
-                elif isinstance(replies[number], DurabilityError):
-                    self._keep(noted, replies[number])
+                elif isinstance(reply, DurabilityError):
+                    self._keep(noted, reply)
         finally:
             for noted in some:
                 if noted.lane is not None:

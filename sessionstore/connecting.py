@@ -168,6 +168,13 @@ def connections_of(client: Any) -> int | None:
     return most if isinstance(most, int) else None
 
 
+def read_timeout(client: Any) -> float | None:
+    """Seconds that a client waits for an answer, if that can be told and is not for ever."""
+    options = getattr(getattr(client, "connection_pool", None), "connection_kwargs", {})
+    timeout = options.get("socket_timeout")
+    return timeout if isinstance(timeout, (int, float)) else None
+
+
 def accepted(client: object) -> Any:
     """The caller's client; one of the wrong kind would fail later, and in words of its own."""
     client = _of_kind(client, "redis.Redis", not_of=_ASYNC)

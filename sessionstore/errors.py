@@ -278,6 +278,7 @@ class DurabilityError(OutcomeUnknownError, code="DURABILITY"):
 
     acknowledged: int | None
     wanted: int
+    answer: Any = None  # the script's; for who gives back what a cancelled claim has got
 
     @classmethod
     def of(cls, wanted: int, acknowledged: int | None, why: str) -> DurabilityError:

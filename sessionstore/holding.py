@@ -26,6 +26,7 @@ from sessionstore import arguments as check
 from sessionstore import aside, codec
 from sessionstore._call import Call, Request, Steps
 from sessionstore.errors import (
+    DurabilityError,
     InvalidArgumentError,
     LeaseLostError,
     SessionBusyError,
@@ -173,13 +174,17 @@ class Leases:
                 with self.lock:
                     holding.knows(added_to, cast("int", result))
             if ends:
-                with self.lock:  # whatever it looked like meanwhile, it was not lost
-                    holding.released, holding.lost = True, None
-                    holding.callbacks.clear()
-                self.forget(holding)
+                self._has_ended(holding)
             return result
 
         return told
+
+    def _has_ended(self, holding: Holding) -> None:
+        """It has been given back."""
+        with self.lock:  # whatever it looked like meanwhile, it was not lost
+            holding.released, holding.lost = True, None
+            holding.callbacks.clear()
+        self.forget(holding)
 
     def _is_not_ending(self, holding: Holding) -> None:
         with self.lock:
@@ -324,6 +329,9 @@ class Leases:
             except (LeaseLostError, SessionNotFoundError):
                 self.forget(holding)
                 raise
+            except DurabilityError:
+                self._has_ended(holding)
+                raise
             except RedisError:
                 self._is_not_ending(holding)
                 raise
@@ -342,6 +350,11 @@ class Leases:
                 lost = yield from self._told_of_loss("update_status", holding.session_id, "active")
         except (LeaseLostError, SessionNotFoundError):
             pass
+        except DurabilityError as failure:
+            self._has_ended(holding)
+            if error is None:
+                raise
+            logger.warning("%s was released: %s", holding.session_id, failure)
         except RedisError as failure:
             if error is None:
                 raise
@@ -378,9 +391,14 @@ class Leases:
     def giving_all_back(self) -> Steps[None]:
         """Release what is held: nobody is going to renew it."""
         self._closed = True  # a claim that is on its way now is left to run out
+        give_up_at = time.monotonic() + self._store.settings.deadline
         for holding in self.held():
             try:
                 yield from self.leaving(holding, None)
+            except DurabilityError as error:
+                logger.warning("%s was released: %s", holding.session_id, error)
+                if time.monotonic() > give_up_at:
+                    break
             except Exception as error:
                 logger.warning("%s was not released: %s", holding.session_id, error)
                 if isinstance(error, RedisError):

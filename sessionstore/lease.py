@@ -29,11 +29,11 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from sessionstore._call import REQUESTS, Request, Steps
 from sessionstore._operation import AsyncExecutor, SyncExecutor
-from sessionstore.errors import InvalidArgumentError, SessionStoreError
+from sessionstore.errors import DurabilityError, InvalidArgumentError, SessionStoreError
 from sessionstore.holding import Apart, Holding, Leases, alive
 from sessionstore.models import AgentSessionStatus
 from sessionstore.operations import SessionOperations
@@ -326,14 +326,17 @@ class AsyncClaim:
         try:
             return await asyncio.shield(attempt)
         except asyncio.CancelledError:
-            undoing = self._leases.in_background(self._undo(attempt))
+            undoing = self._leases.in_background(self._undo(request, attempt))
             await asyncio.wait([undoing])  # cancelled once more: it is given back all the same
             raise
 
-    async def _undo(self, attempt: asyncio.Task[AsyncLease]) -> None:
+    async def _undo(self, request: Request[AsyncLease], attempt: asyncio.Task[AsyncLease]) -> None:
         """Give back what nobody waits for any more, with the status it had."""
         with suppress(Exception):
-            lease = await attempt
+            try:
+                lease = await attempt
+            except DurabilityError as error:  # it is held all the same
+                lease = cast("AsyncLease", request.decode(error.answer))
             status: Any = lease._holding.taken_from  # pyright: ignore[reportPrivateUsage]
             await lease.release("active" if status == "busy" else status)
 

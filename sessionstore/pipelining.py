@@ -19,6 +19,7 @@ is left is the chance that another one of the same variant does so within these 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any, NamedTuple, TypeAlias
@@ -135,6 +136,10 @@ def _is_done(reply: Any) -> bool:
     return isinstance(reply, (str, bytes)) and reply[:2] in ("ok", b"ok")
 
 
+# While it waited, or between the write and WAIT.
+_DEMOTED = re.compile(r"^UNBLOCKED|WAIT cannot be used with replica", re.IGNORECASE)
+
+
 class Replication(NamedTuple):
     """How many replicas are to have a write before it is answered; ``wait_replicas``.
 
@@ -149,13 +154,17 @@ class Replication(NamedTuple):
     def words(self) -> Words:
         return ("WAIT", self.replicas, self.wait_ms)
 
-    def failure(self, reply: Any) -> Exception:
-        """What a write is told, given the reply to WAIT: too few, or an error."""
-        if str(reply).startswith("UNBLOCKED"):  # sent again, to the new primary
-            return ConnectionError(f"the server became a replica meanwhile: {reply}")
+    def failure(self, answer: Any, reply: Any) -> Exception:
+        """What a write is told, given its answer and the reply to WAIT: too few, or an error."""
         if isinstance(reply, Exception):
-            return DurabilityError.of(self.replicas, None, str(reply))
-        return DurabilityError.of(self.replicas, int(reply), f"{self.wait_ms / 1000:g} s")
+            if _DEMOTED.search(str(reply)):  # sent again, to the new primary
+                return ConnectionError(f"the server became a replica meanwhile: {reply}")
+            error = DurabilityError.of(self.replicas, None, str(reply))
+            error.__cause__ = reply
+        else:
+            error = DurabilityError.of(self.replicas, int(reply), f"{self.wait_ms / 1000:g} s")
+        error.answer = answer
+        return error
 
 
 class Rounds:
@@ -234,7 +243,7 @@ class Rounds:
             return
         for number in self._missing:
             if self._commands[number].waits and _is_done(self.replies[number]):
-                self.replies[number] = replication.failure(reply)
+                self.replies[number] = replication.failure(self.replies[number], reply)
 
     def fail(self, error: Exception) -> bool:
         """A round has failed as a whole: whether that is the failure of some commands only.

@@ -208,13 +208,12 @@ class _Store(SessionOperations):
     @cached_property
     def _replication(self) -> Replication | None:
         """What each write waits for; asked for when it is known whose the client is."""
-        settings = self.settings
-        if not settings.wait_replicas:
+        if not self.settings.wait_replicas:
             return None
-        seconds = settings.deadline * REPLICAS_SHARE
-        if not self._own_client:
-            seconds = min(seconds, REPLICAS_SECONDS)
-        return Replication(settings.wait_replicas, max(round(seconds * 1000), 1))
+        most = self.settings.deadline if self._own_client else REPLICAS_SECONDS
+        timeout = connecting.read_timeout(self._client)
+        seconds = most if timeout is None else min(most, timeout * REPLICAS_SHARE)
+        return Replication(self.settings.wait_replicas, max(round(seconds * 1000), 1))
 
     def _refuse_replicas_on_cluster(self) -> None:
         if self._on_cluster and self.settings.wait_replicas:
@@ -259,10 +258,11 @@ class _Store(SessionOperations):
     def _opening(self) -> list[Words]:
         """The commands that are sent before all others: what they tell, ``_check_opened`` reads."""
         (opened,) = self._commands(opening.open_store(self.keyspace, self.settings), None)
-        return [opened.eval, opening.INFO, ("SCRIPT", "LOAD", load("ping").text)]
+        words = [opened.eval, opening.INFO, ("SCRIPT", "LOAD", load("ping").text)]
+        return words if self._replication is None else [*words, opening.WAIT]
 
     def _check_opened(self, replies: list[Any]) -> None:
-        meta, info, loaded = replies
+        meta, info, loaded, *waited = replies
         self._may_load_scripts = not isinstance(loaded, NoPermissionError)
         if isinstance(meta, MovedError):
             raise InvalidArgumentError.of(
@@ -272,6 +272,8 @@ class _Store(SessionOperations):
             opening.check_layout(meta, self.settings)
         elif not (self._on_cluster and self._has_been_checked and is_transient(meta)):
             raise meta  # else the one node that has it is away, and others need not wait for it
+        for reply in waited:
+            opening.check_wait(reply)
         warning = opening.check_server(info, self.settings)
         if warning and warning != self._warned_of:  # once, however often connections fail
             logger.warning(warning)

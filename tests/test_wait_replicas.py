@@ -7,57 +7,39 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from typing import Any
 from uuid import uuid4
 
+import fakeredis
+import fakeredis.aioredis
 import pytest
 import redis
+from commandline import command_line
 from conftest import PROGRAMS, STYLES, Awaiting, World
 from programme import Attack, controls, proves
+from replicas import Pair
 from sendings import noted_sendings
 from sentinels import PrivateSentinels
 from test_contract_batch import batch_of
 from test_sentinel import FAILOVERS, NOTICED
-from waiting import until
 from workers import Appending, at_work
 
 from sessionstore import (
+    AsyncSessionStore,
     DurabilityError,
     InvalidArgumentError,
+    OutcomeUnknownError,
     SessionNotFoundError,
     SessionStore,
 )
-from sessionstore._server import PrivateServer
+from sessionstore.pipelining import Replication
 
 DEADLINE = 20.0
-
-
-class Pair:
-    """A primary and its replica, without sentinels."""
-
-    def __init__(self, program: Any) -> None:
-        at_once = ("--repl-diskless-sync-delay", "0")
-        self.primary, self.replica = (PrivateServer(program, at_once) for _ in range(2))
-        with redis.Redis(port=self.replica.port) as client:
-            client.replicaof("127.0.0.1", self.primary.port)
-        with redis.Redis(port=self.primary.port, decode_responses=True) as client:
-            until(lambda: client.info("replication").get("slave0", {}).get("state") == "online")
-
-    @contextmanager
-    def held_up(self) -> Iterator[None]:
-        """While its replica takes nothing."""
-        self.replica.signal(signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            self.replica.signal(signal.SIGCONT)
-
-    def stop(self) -> None:
-        self.primary.stop()
-        self.replica.stop()
 
 
 @pytest.fixture(params=PROGRAMS, scope="module")
@@ -199,6 +181,39 @@ def test_it_is_one_round_trip(store: Any) -> None:
     assert b"WAIT" in sent[0]
 
 
+def test_to_wait_on_another_connection_is_to_wait_for_nothing(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: the same WAIT, on a connection that has written nothing."""
+    other = socket.create_connection(("127.0.0.1", pair.primary.port))
+
+    def send(self: Any, rounds: Any) -> list[Any]:
+        while to_send := rounds.following():
+            *writes, wait = to_send
+            with self._client.pipeline(transaction=False) as pipe:
+                for words in writes:
+                    pipe.execute_command(*words)
+                replies = pipe.execute(raise_on_error=False)
+            other.sendall(" ".join(map(str, wait)).encode() + b"\r\n")
+            rounds.take([*replies, int(other.recv(16)[1:])])
+        return list(rounds.replies)
+
+    with (
+        other,
+        SessionStore.from_url(
+            pair.primary.url, namespace=f"test-{uuid4().hex}", wait_replicas=1, deadline=2.0
+        ) as store,
+    ):
+        session_id = created(store)
+        with pair.held_up():
+            with pytest.raises(DurabilityError):
+                store.add_output(session_id, "line")
+            with monkeypatch.context() as patch:
+                patch.setattr(SessionStore, "_send_pipeline", send)
+                assert store.add_output(session_id, "line") == 2  # and no replica has it
+        store.delete_session(session_id)
+
+
 def test_a_client_that_was_handed_in_waits_for_a_second(pair: Pair) -> None:
     with redis.Redis(port=pair.primary.port) as client:
         store = SessionStore(client, namespace=f"test-{uuid4().hex}", wait_replicas=1)
@@ -219,16 +234,164 @@ def test_a_user_who_may_not_wait_is_told(pair: Pair) -> None:
         name = f"test-{uuid4().hex}"
         with (
             SessionStore.from_url(url, namespace=name, wait_replicas=1) as store,
-            pytest.raises(DurabilityError, match="does not tell whether replicas have it") as told,
+            pytest.raises(redis.exceptions.NoPermissionError, match="wait"),
         ):
             created(store)
-        assert told.value.acknowledged is None
+        assert not list(admin.scan_iter(match=f"{{{name}}}:session*"))
         admin.execute_command("ACL", "DELUSER", "impatient")
 
 
 def test_a_cluster_has_no_one_primary_to_wait_for() -> None:
     with pytest.raises(InvalidArgumentError, match=r"^wait_replicas must be 0 on a Redis Cluster"):
         SessionStore.from_url("redis://127.0.0.1:1", cluster=True, wait_replicas=1)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://127.0.0.1:1",
+        "redis://127.0.0.1:1?socket_timeout=3600",
+        "redis+sentinel://127.0.0.1:1/primary",
+    ],
+)
+@pytest.mark.parametrize("kind", [SessionStore, AsyncSessionStore])
+def test_replicas_are_waited_for_within_the_time_to_read_an_answer(url: str, kind: Any) -> None:
+    store: Any = kind.from_url(url, wait_replicas=1, deadline=8.0)
+    timeout = store._client.connection_pool.connection_kwargs["socket_timeout"]
+    assert 0 < store._replication.wait_ms / 1000 < timeout <= 2.0
+
+
+def test_a_client_that_reads_for_less_than_a_second_waits_for_less(pair: Pair) -> None:
+    with redis.Redis(port=pair.primary.port, socket_timeout=0.5) as client:
+        store = SessionStore(client, namespace=f"test-{uuid4().hex}", wait_replicas=1)
+        session_id = created(store)
+        with pair.held_up(), pytest.raises(DurabilityError, match=r"after 0\.3 s"):
+            store.add_output(session_id, "line")
+        store.delete_session(session_id)
+
+
+@pytest.mark.parametrize("kind", [SessionStore, AsyncSessionStore])
+def test_what_does_not_know_wait_is_told_at_once(kind: Any) -> None:
+    server = fakeredis.FakeServer()
+    is_sync = kind is SessionStore
+    client = (fakeredis if is_sync else fakeredis.aioredis).FakeRedis(server=server)
+    store = kind(client, namespace="test", wait_replicas=1)
+    with pytest.raises(InvalidArgumentError, match=r"^wait_replicas must be 0: .* know WAIT"):
+        created(store) if is_sync else asyncio.run(
+            store.create_session("claude", "service", "/src")
+        )
+    assert not fakeredis.FakeRedis(server=server).keys("*session*")
+
+
+def test_a_primary_that_is_demoted_meanwhile_is_an_outage(
+    pair: Pair, world: World, store: Any
+) -> None:
+    """The write waits for its replica when the primary is made one: it is sent again."""
+    session_id = created(store)
+    with pair.client(pair.primary) as primary:
+        demotion = threading.Timer(0.1, primary.replicaof, ("127.0.0.1", 1))
+        try:
+            with pair.held_up():
+                demotion.start()
+                with pytest.raises(OutcomeUnknownError) as told:
+                    store.add_output(session_id, "line")
+        finally:
+            demotion.join()
+            pair.follow()
+    assert not isinstance(told.value, DurabilityError)
+    assert store.repeat(told.value) == 1
+    assert on_replica(pair, world, session_id) == ["line"]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "UNBLOCKED force unblock from blocking operation, instance state changed",
+        "WAIT cannot be used with replica instances.",
+    ],
+)
+def test_demoted_before_or_while_it_waits_is_the_same(reply: str) -> None:
+    """A script ran and its server was demoted before it came to WAIT: no promise, no lie."""
+    failure = Replication(1, 100).failure(b"ok 1", redis.ResponseError(reply))
+    assert isinstance(failure, redis.ConnectionError)
+
+
+# ---- Leases -------------------------------------------------------------------------------------
+
+
+def test_a_lease_that_no_replica_knows_to_be_given_back_is_given_back(
+    pair: Pair, world: World, store: Any
+) -> None:
+    session_id = created(store)
+    lease = store.claim(session_id, ttl=1.0)
+    lost: list[Any] = []
+    lease.on_lost(lost.append)
+    with pair.held_up(), pytest.raises(DurabilityError):
+        lease.release()
+    assert lease.released
+    assert store.get_session(session_id).status == "active"
+    store.add_output(session_id, "as anybody may")
+    world.sleep(0.5)  # a renewal would have been due
+    assert not lost
+
+
+def test_closing_gives_every_session_back(pair: Pair, world: World, store: Any) -> None:
+    session_ids = [created(store) for _ in range(3)]
+    for session_id in session_ids:
+        store.claim(session_id)
+    with pair.held_up():
+        store.close()
+    other = world.store()
+    assert {other.get_session(one).status for one in session_ids} == {"active"}
+
+
+def test_a_cancelled_claim_that_no_replica_has_holds_nothing(pair: Pair) -> None:
+    one = World("async", "pair", pair.primary.url)
+    try:
+        store = one.store(wait_replicas=1, deadline=2.0)
+        session_id = created(store)
+
+        async def cancelled() -> None:
+            claiming = asyncio.ensure_future(store.store.claim(session_id).__aenter__())
+            await asyncio.sleep(0.1)
+            claiming.cancel()
+            with suppress(asyncio.CancelledError):
+                await claiming
+
+        assert one.runner is not None
+        with pair.held_up():
+            one.runner.run(cancelled())
+        assert store.get_session(session_id).status == "active"
+    finally:
+        one.close()
+
+
+def test_an_import_that_no_replica_has_goes_on_when_it_is_run_again(
+    pair: Pair, world: World, store: Any
+) -> None:
+    session_id = created(store)
+    store.add_output(session_id, *map(str, range(100)))
+    lines = list(store.export_sessions())
+    other = world.store(namespace=f"{world.namespace}-b", wait_replicas=1, deadline=2.0)
+    try:
+        with pair.held_up(), pytest.raises(DurabilityError):
+            other.import_sessions(lines)
+        other.import_sessions(lines)
+        assert other.get_session(session_id).output_total == 100
+        assert not [one for one in other.check() if not one.warning]
+    finally:
+        other.delete_session(session_id)
+
+
+def test_the_command_line_says_that_the_change_was_made(pair: Pair) -> None:
+    with command_line(pair.primary) as shell:
+        session_id = created(shell.store)
+        with pair.held_up():
+            ended = shell.run("rm", session_id, env={"SESSIONSTORE_WAIT_REPLICAS": "1"})
+        assert shell.store.find_session(session_id) is None
+    assert ended.code == 1
+    assert "the change was made at 127.0.0.1" in ended.err
+    assert "but 0 of 1 replicas have acknowledged it" in ended.err
 
 
 # ---- Failovers ----------------------------------------------------------------------------------

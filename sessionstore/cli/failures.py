@@ -34,6 +34,7 @@ from sessionstore import sentinels
 from sessionstore._server import ServerNotFoundError
 from sessionstore.cli import terminal
 from sessionstore.errors import (
+    DurabilityError,
     InvalidArgumentError,
     OutcomeUnknownError,
     SessionNotFoundError,
@@ -140,6 +141,13 @@ def naming_the_server(url: str, timeout: float) -> Generator[None, None, None]:
         raise CommandError(
             UNREACHABLE,
             f"authentication failed at {address(url)}: {without_password(str(error), url)}",
+        ) from error
+    except DurabilityError as error:
+        have = "an unknown number" if error.acknowledged is None else error.acknowledged
+        raise CommandError(
+            FAILURE,
+            f"the change was made at {address(url)}, but {have} of {error.wanted} replicas "
+            "have acknowledged it",
         ) from error
     except OutcomeUnknownError as error:
         raise CommandError(
