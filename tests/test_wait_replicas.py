@@ -397,11 +397,6 @@ def test_the_command_line_says_that_the_change_was_made(pair: Pair) -> None:
 # ---- Failovers ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=PROGRAMS)
-def sentinel_program(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
 def watched(sentinel_program: str) -> Iterator[PrivateSentinels]:
     with PrivateSentinels(PROGRAMS[sentinel_program]) as started:
