@@ -13,6 +13,7 @@ from sessionstore._operation import Outcome
 from sessionstore._version import __version__
 from sessionstore.batch import AsyncBatch, Batch
 from sessionstore.errors import (
+    DurabilityError,
     ImportConflictError,
     ImportFormatError,
     InvalidArgumentError,
@@ -30,6 +31,7 @@ from sessionstore.errors import (
     UnknownSessionTypeError,
     UnreadableSessionError,
     UnsafeServerError,
+    WritesLostError,
 )
 from sessionstore.lease import AsyncLease, Lease
 from sessionstore.models import (
@@ -59,6 +61,7 @@ __all__ = [
     "Batch",
     "BufferPage",
     "Drift",
+    "DurabilityError",
     "ImportConflictError",
     "ImportFormatError",
     "Imported",
@@ -87,6 +90,7 @@ __all__ = [
     "UnreadableSessionError",
     "UnsafeServerError",
     "Writer",
+    "WritesLostError",
     "__version__",
 ]
 

@@ -156,13 +156,17 @@ class PrivateServer:
         log = self.log.read_text(errors="replace")[-2000:] if self.log.exists() else ""
         raise ServerNotFoundError(f"{self.program.path} does not start:\n{log}")
 
-    def _launch(self, port: int) -> None:
-        command = [
+    def command(self, port: int) -> list[str]:
+        """The command line that starts the server."""
+        return [
             self.program.path,
             *("--bind", "127.0.0.1", "--port", str(port), "--dir", str(self.directory)),
             *("--save", "", "--appendonly", "no", "--maxmemory-policy", "noeviction"),
             *self.arguments,
         ]
+
+    def _launch(self, port: int) -> None:
+        command = self.command(port)
         guard = subprocess.Popen(
             ["/bin/sh", "-c", _GUARD, "sh", str(self.directory), str(self.log), *command],
             stdin=subprocess.PIPE,

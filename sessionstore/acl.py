@@ -99,6 +99,8 @@ def rule(
     if role == "operator":
         commands += _MENDING
     commands += _ON_CLUSTER if settings.cluster else _ON_ONE_SERVER
+    if settings.wait_replicas:  # it is tried when a store opens
+        commands.append("wait")
     if server.has_setinfo:
         commands.append("client|setinfo")
     if database:
@@ -116,7 +118,7 @@ def rule(
         "resetchannels",
         *keys,
         *(f"&{name}" for name in names),
-        *_allowed(sorted(commands)),
+        *_allowed(sorted({*commands})),
         *further,
     ]
 

@@ -16,7 +16,13 @@ import random
 import time
 from dataclasses import dataclass
 
-from sessionstore.errors import OutcomeUnknownError, is_transient, of_any_server, surely_not_run
+from sessionstore.errors import (
+    DurabilityError,
+    OutcomeUnknownError,
+    is_transient,
+    of_any_server,
+    surely_not_run,
+)
 
 logger = logging.getLogger("sessionstore")
 
@@ -24,6 +30,9 @@ ATTEMPTS_SHARE = 0.55
 POOL_WAIT_SHARE = 0.05
 CONNECT_SHARE = 0.15
 READ_SHARE = 0.25
+#: How much of the time to read its answer a write waits for replicas: the answer must still come.
+REPLICAS_SHARE = 0.6
+REPLICAS_SECONDS = 1.0  # at most, with a client that was handed in
 
 _FIRST_PAUSE = 0.01  # seconds
 _LONGEST_PAUSE = 0.5
@@ -49,9 +58,12 @@ class Attempts:
         """Seconds to wait before the next attempt.
 
         Raises:
+            DurabilityError: the error itself: the write was carried out.
             OutcomeUnknownError: no more attempts, and this write may or may not have happened.
             redis.RedisError: no more attempts; the error itself.
         """
+        if isinstance(error, DurabilityError):
+            raise error
         error = of_any_server(error)
         # A client that was handed in may have tried more often than it tells. Any other answer
         # than a transient failure is the server's: this attempt changed nothing.

@@ -29,6 +29,7 @@ from sessionstore._call import REQUESTS, Call, Request, Snapshot, Steps, Togethe
 from sessionstore._operation import AsyncExecutor, BatchExecutor, Outcome, SyncExecutor
 from sessionstore.attempts import Attempts
 from sessionstore.errors import (
+    DurabilityError,
     OutcomeUnknownError,
     SessionStoreError,
     is_transient,
@@ -136,8 +137,11 @@ class _Batch(SessionOperations, BatchExecutor):
             except Exception as error:
                 replies, away = [error] * len(some), error
             for number, noted in enumerate(some):
-                if away is not None and replies[number] is away:
+                reply = replies[number]
+                if away is not None and reply is away:
                     replies[number] = self._own_error(noted, away)
+                elif isinstance(reply, DurabilityError):
+                    self._keep(noted, reply)
         finally:
             for noted in some:
                 if noted.lane is not None:
@@ -176,9 +180,14 @@ class _Batch(SessionOperations, BatchExecutor):
             return own_copy(_cause(error))
         own = OutcomeUnknownError(f"{noted.outcome.operation} in a {error}")
         own.__cause__ = error.__cause__
-        own.pending = self._sender.pending(noted.request, noted.lane)
-        noted.lane = None  # it is kept for the repeat
+        self._keep(noted, own)
         return own
+
+    def _keep(self, noted: _Noted, error: OutcomeUnknownError) -> None:
+        """Keep the lane of a write for its repeat."""
+        if noted.lane is not None:
+            error.pending = self._sender.pending(noted.request, noted.lane)
+            noted.lane = None
 
 
 def _cause(error: OutcomeUnknownError) -> Exception:

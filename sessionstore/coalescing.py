@@ -24,7 +24,7 @@ from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from functools import partial
 from typing import Any, TypeAlias, cast
 
-from redis.exceptions import ConnectionError, NoScriptError
+from redis.exceptions import ConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from sessionstore.errors import own_copy
@@ -63,7 +63,7 @@ class Coalescer:
     """Sends commands of one event loop, alone or together.
 
     Args:
-        execute: redis-py's ``execute_command``.
+        one: sends one command alone; its reply.
         together: sends several in one pipeline; for each its reply, or its error.
         connections: the most that the client's pool gives out before it raises; None: it waits.
         have_deadline: whether the calls are sent again until a deadline.
@@ -71,12 +71,12 @@ class Coalescer:
 
     def __init__(
         self,
-        execute: Callable[..., Awaitable[Any]],
+        one: Callable[[Command], Awaitable[Any]],
         together: Callable[[Sequence[Command]], Awaitable[list[Any]]],
         connections: int | None = None,
         have_deadline: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._execute, self._together = execute, together
+        self._one, self._together = one, together
         self._have_deadline = have_deadline
         self._alone: asyncio.Semaphore | None = None
         self._most_on_their_way = MOST_ON_THEIR_WAY
@@ -108,9 +108,7 @@ class Coalescer:
         else:
             self._on_their_way += 1
         try:
-            return await self._execute(*command.evalsha)
-        except NoScriptError:
-            return await self._execute(*command.eval)
+            return await self._one(command)
         except RedisTimeoutError:
             self._turn_away()
             raise

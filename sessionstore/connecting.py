@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisClusterException
 from redis.retry import Retry
 
+from sessionstore import sentinels, tls
 from sessionstore.attempts import CONNECT_SHARE, POOL_WAIT_SHARE, READ_SHARE
 from sessionstore.clusters import TaskCluster, ThreadCluster
 from sessionstore.errors import InvalidArgumentError
@@ -22,6 +24,7 @@ URL_VARIABLE = "SESSIONSTORE_URL"
 
 _SYNC: tuple[type, ...] = (redis.Redis, redis.RedisCluster)
 _ASYNC: tuple[type, ...] = (redis.asyncio.Redis, redis.asyncio.RedisCluster)
+_SENTINELS: tuple[type, ...] = (redis.Sentinel, redis.asyncio.Sentinel)
 
 
 def url_from_environment() -> str:
@@ -37,10 +40,14 @@ def url_from_environment() -> str:
 def connect(url: str, settings: StoreSettings) -> Any:
     """A client with blocking pools and finite waits."""
     retry = Retry(NoBackoff(), 0)
+    if sentinels.is_sentinel_url(url):
+        return _of_sentinels(
+            sentinels.thread_client, redis.BlockingConnectionPool, url, settings, retry
+        )
     if settings.cluster:
         blocking: Any = redis.BlockingConnectionPool
         pools = partial(blocking, timeout=settings.deadline * POOL_WAIT_SHARE)
-        options = _options(settings, retry, max_connections=settings.max_connections)
+        options = _options(settings, retry, nodes=2, max_connections=settings.max_connections)
         _of_cluster(redis.asyncio.RedisCluster, url, options)  # refuses what is no URL, now
         options["connection_pool_class"] = pools
         return ThreadCluster(partial(_of_cluster, redis.RedisCluster, url, options))
@@ -50,16 +57,20 @@ def connect(url: str, settings: StoreSettings) -> Any:
 def connect_async(url: str, settings: StoreSettings) -> Any:
     """The same for asyncio. The pools of a cluster client do not block, its calls wait instead."""
     retry = AsyncRetry(NoBackoff(), 0)
+    if sentinels.is_sentinel_url(url):
+        return _of_sentinels(
+            sentinels.task_client, redis.asyncio.BlockingConnectionPool, url, settings, retry
+        )
     if settings.cluster:
-        options = _options(settings, retry, max_connections=settings.max_connections)
+        options = _options(settings, retry, nodes=2, max_connections=settings.max_connections)
         return TaskCluster(_of_cluster(redis.asyncio.RedisCluster, url, options))
     pool = _pool(redis.asyncio.BlockingConnectionPool, url, settings, retry)
     return redis.asyncio.Redis.from_pool(pool)
 
 
-def _options(settings: StoreSettings, retry: Any, **more: Any) -> dict[str, Any]:
-    # After a failure a cluster client learns the topology: an attempt may wait for two nodes.
-    nodes = 2 if settings.cluster else 1
+def _options(settings: StoreSettings, retry: Any, *, nodes: int = 1, **more: Any) -> dict[str, Any]:
+    # ``nodes``: for how many an attempt may wait. After a failure a cluster client learns the
+    # topology, and sentinels are asked where the primary is.
     return {
         "retry": retry,  # never: the store itself decides when to try again
         "socket_connect_timeout": settings.deadline * CONNECT_SHARE / nodes,
@@ -72,9 +83,10 @@ def _options(settings: StoreSettings, retry: Any, **more: Any) -> dict[str, Any]
     }
 
 
-def _pool(pool_class: Any, url: Any, settings: StoreSettings, retry: Any) -> Any:
-    options = _options(settings, retry)
+def _pool(pool_class: Any, url: Any, settings: StoreSettings, retry: Any, nodes: int = 1) -> Any:
+    options = _options(settings, retry, nodes=nodes)
     _refuse_other_than_text(url)
+    tls.check(url)
     try:
         pool = pool_class.from_url(
             url,
@@ -86,13 +98,35 @@ def _pool(pool_class: Any, url: Any, settings: StoreSettings, retry: Any) -> Any
         pool.connection_class(**pool.connection_kwargs)  # an unknown option fails here, not later
     except (ValueError, TypeError):
         raise _bad_url(
-            "redis://[[USER]:PASSWORD@]HOST[:PORT][/DB], rediss://… or unix://PATH"
+            "redis://[[USER]:PASSWORD@]HOST[:PORT][/DB], rediss://…, unix://PATH or "
+            f"{sentinels.URL_FORMS}"
         ) from None
     return pool
 
 
+def _of_sentinels(
+    client_of: Callable[[sentinels.SentinelURL, Any], Any],
+    pool_class: Any,
+    url: str,
+    settings: StoreSettings,
+    retry: Any,
+) -> Any:
+    """A client of the primary whose sentinels a URL names."""
+    if settings.cluster:
+        raise InvalidArgumentError.of("cluster", "must be false: a cluster has no sentinels")
+    try:
+        named = sentinels.parsed(url)
+        pool = _pool(pool_class, named.server, settings, retry, nodes=2)
+        return client_of(named, pool)
+    except InvalidArgumentError:
+        raise
+    except (ValueError, TypeError):
+        raise _bad_url(f"{sentinels.URL_FORMS} or rediss+sentinel://…") from None
+
+
 def _of_cluster(client_class: Any, url: Any, options: dict[str, Any]) -> Any:
     _refuse_other_than_text(url)
+    tls.check(url)
     try:
         return client_class.from_url(
             url,
@@ -134,6 +168,13 @@ def connections_of(client: Any) -> int | None:
     return most if isinstance(most, int) else None
 
 
+def read_timeout(client: Any) -> float | None:
+    """Seconds that a client waits for an answer, if that can be told and is not for ever."""
+    options = getattr(getattr(client, "connection_pool", None), "connection_kwargs", {})
+    timeout = options.get("socket_timeout")
+    return timeout if isinstance(timeout, (int, float)) else None
+
+
 def accepted(client: object) -> Any:
     """The caller's client; one of the wrong kind would fail later, and in words of its own."""
     client = _of_kind(client, "redis.Redis", not_of=_ASYNC)
@@ -151,6 +192,10 @@ def accepted_async(client: object) -> Any:
 
 
 def _of_kind(client: object, wanted: str, not_of: tuple[type, ...]) -> Any:
+    if isinstance(client, _SENTINELS):
+        raise InvalidArgumentError.of("client", "must be what master_for gives, not the Sentinel")
+    if getattr(getattr(client, "connection_pool", None), "is_master", True) is False:
+        raise InvalidArgumentError.of("client", "must be of the primary: one of master_for")
     if isinstance(client, not_of) or not hasattr(client, "execute_command"):
         kind = type(client)
         raise InvalidArgumentError.of(

@@ -6,6 +6,7 @@
     │   └── SessionNotActiveError     SESSION_NOT_ACTIVE
     ├── SessionBusyError              SESSION_BUSY
     ├── LeaseLostError                LEASE_LOST
+    ├── WritesLostError               WRITES_LOST
     ├── SessionExistsError            SESSION_EXISTS
     ├── ServiceSessionInUseError      SERVICE_SESSION_IN_USE
     ├── MetadataLimitError            METADATA_LIMIT
@@ -17,6 +18,7 @@
     ├── SchemaMismatchError           SCHEMA_MISMATCH
     ├── UnsafeServerError             UNSAFE_SERVER
     └── OutcomeUnknownError           OUTCOME_UNKNOWN           (a redis.RedisError too)
+        └── DurabilityError           DURABILITY
 
 Every class has a ``code``. A Lua script refuses with the same word, so that grep finds both ends
 of a refusal. Redis's own failures stay redis-py exceptions: a store that cannot be reached
@@ -29,6 +31,8 @@ import copy
 import json
 import re
 import socket
+import ssl
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any, ClassVar
 
@@ -132,6 +136,28 @@ class LeaseLostError(SessionStoreError, code="LEASE_LOST"):
         return (
             f"the lease on session {details['session_id']!r} has been lost: the session is now "
             f"{now}; nothing was changed"
+        )
+
+
+class WritesLostError(SessionStoreError, code="WRITES_LOST"):
+    """The server has lost entries that this worker had added under its lease; nothing was changed.
+
+    A failover promoted a replica that did not have them yet. ``lost`` is how many; the session
+    still is this worker's, and who sends the write again goes on without them. ``output_total`` and
+    ``error_total`` are what the server has.
+    """
+
+    lost: int
+    output_total: int
+    error_total: int
+
+    @classmethod
+    def message(cls, details: dict[str, Any]) -> str:
+        lost = details["lost"]
+        entries = f"{lost:,} {'entry' if lost == 1 else 'entries'}"
+        return (
+            f"in a failover the server has lost {entries} of session {details['session_id']!r} "
+            "that had been acknowledged; nothing was changed"
         )
 
 
@@ -243,26 +269,57 @@ class OutcomeUnknownError(SessionStoreError, RedisError, code="OUTCOME_UNKNOWN")
     pending: Any = None
 
 
+class DurabilityError(OutcomeUnknownError, code="DURABILITY"):
+    """A write was carried out, and too few replicas have acknowledged it (``wait_replicas``).
+
+    It lasts unless the primary is lost before a replica has it. ``store.repeat(error)`` waits for
+    the replicas again, and gives the write's result. ``acknowledged`` is how many have it, None if
+    the server did not tell; ``wanted`` is how many were to.
+    """
+
+    acknowledged: int | None
+    wanted: int
+    answer: Any = None  # the script's; for who gives back what a cancelled claim has got
+
+    @classmethod
+    def of(cls, wanted: int, acknowledged: int | None, why: str) -> DurabilityError:
+        """The error for a reply to WAIT; ``why``: how long it waited, or what it failed with."""
+        if acknowledged is None:
+            message = f"the server does not tell whether replicas have it ({why})"
+        else:
+            message = f"{acknowledged} of {wanted} replicas had acknowledged it after {why}"
+        error = cls(f"carried out, but {message}; store.repeat(error) waits again")
+        error.acknowledged, error.wanted = acknowledged, wanted
+        return error
+
+
 def refusal(answer: str) -> SessionStoreError:
     """The error for a script's answer ``CODE {details as JSON}``."""
     code, _, details = answer.partition(" ")
     return _BY_CODE.get(code, SessionStoreError).from_details(json.loads(details or "{}"))
 
 
-# Redis 6.2 wraps a failure inside a script: "Error running script (…): -OOM command not allowed …"
-_WRAPPED = re.compile(r"Error running script .*-(OOM|READONLY) (.*)", re.DOTALL)
-_UNWRAPPED = {"OOM": OutOfMemoryError, "READONLY": ReadOnlyError}
+class NoReplicasError(ResponseError):
+    """The server has fewer replicas than it needs to take a write (``min-replicas-to-write``)."""
+
+
+# redis-py has no class for NOREPLICAS, and Redis 6.2 wraps a failure inside a script: "Error
+# running script (…): -OOM command not allowed …"
+_TOLD = re.compile(
+    r"(?:Error running script .*-(OOM|READONLY|NOREPLICAS)|(NOREPLICAS)) (.*)", re.DOTALL
+)
+_CLASSES = {"OOM": OutOfMemoryError, "READONLY": ReadOnlyError, "NOREPLICAS": NoReplicasError}
 # What a script may not do has no code of its own: so say Redis 6.2 and 7.0, and all later ones.
 _DENIED = re.compile(r"(The user executing the script can't |ACL failure in script: ).*", re.DOTALL)
 
 
 def of_any_server(error: Exception) -> Exception:
-    """The error as if every server version told it with its code."""
+    """The error as if every server version told it with its code, of a class of its own."""
     if type(error) is not ResponseError:
         return error
-    wrapped, denied = _WRAPPED.match(str(error)), _DENIED.search(str(error))
-    if wrapped is not None:
-        return _UNWRAPPED[wrapped[1]](wrapped[2])
+    told, denied = _TOLD.match(str(error)), _DENIED.search(str(error))
+    if told is not None:
+        return _CLASSES[told[1] or told[2]](told[3])
     return error if denied is None else NoPermissionError(denied[0])
 
 
@@ -278,6 +335,7 @@ TRANSIENT: tuple[type[Exception], ...] = (
     ConnectionError,
     TimeoutError,
     ReadOnlyError,  # a primary that has just been made a replica
+    NoReplicasError,  # or is about to be
     TryAgainError,
     ClusterDownError,
 )
@@ -286,22 +344,49 @@ PASSING: tuple[type[Exception], ...] = (OutcomeUnknownError, OutOfMemoryError, *
 _NEVER_TRANSIENT = (AuthenticationError, AuthorizationError)
 _NEVER_SENT = (ConnectionRefusedError, FileNotFoundError, socket.gaierror)
 # redis-py's words; what refused the connection is not always among the error's causes.
-_NOT_CONNECTED = re.compile(r"(Error (\S+ )?|Timeout )connecting to |No connection available")
-_NEVER_RUN = (BusyLoadingError, ReadOnlyError, TryAgainError, ClusterDownError, MaxConnectionsError)
+_NOT_CONNECTED = re.compile(
+    r"(Error (\S+ )?|Timeout )connecting to |No connection available|No master found"
+)
+_NEVER_RUN = (
+    *(BusyLoadingError, ReadOnlyError, NoReplicasError),
+    *(TryAgainError, ClusterDownError, MaxConnectionsError),
+)
+
+
+# What OpenSSL calls it when this side refuses the server's certificate, or the server this side's,
+# of which TLS 1.3 tells at the first read only; and when the other side speaks no TLS.
+_REFUSED_BY_TLS = re.compile(
+    "CERTIFICATE_VERIFY_FAILED|ALERT_(.*CERTIFICATE|UNKNOWN_CA|ACCESS_DENIED|HANDSHAKE_FAILURE"
+    "|PROTOCOL_VERSION)|WRONG_VERSION_NUMBER|UNSUPPORTED_PROTOCOL"
+)
 
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same command may well succeed a moment later."""
-    return isinstance(error, TRANSIENT) and not isinstance(error, _NEVER_TRANSIENT)
+    return isinstance(error, TRANSIENT) and not _is_refused_for_good(error)
 
 
 def surely_not_run(error: BaseException) -> bool:
     """Whether the server certainly did not carry out the command that failed like this."""
-    if isinstance(error, (*_NEVER_RUN, *_NEVER_TRANSIENT)) or _NOT_CONNECTED.match(str(error)):
-        return True
+    return (
+        isinstance(error, _NEVER_RUN)
+        or _is_refused_for_good(error)
+        or _NOT_CONNECTED.match(str(error)) is not None
+        or any(isinstance(cause, _NEVER_SENT) for cause in _causes(error))
+    )
+
+
+def _is_refused_for_good(error: BaseException) -> bool:
+    """Whether a password or a certificate is refused: the next attempt would be too."""
+    return isinstance(error, _NEVER_TRANSIENT) or any(
+        isinstance(cause, ssl.SSLError) and _REFUSED_BY_TLS.search(str(cause)) is not None
+        for cause in _causes(error)
+    )
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, what it came from, and so on."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, _NEVER_SENT):
-            return True
+        yield cause
         cause = cause.__cause__ or cause.__context__
-    return False

@@ -17,7 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeGuard, TypeVar
+from typing import Any, Literal, TypeAlias, TypeGuard, TypeVar, cast
 from weakref import WeakSet
 
 from redis.exceptions import RedisError
@@ -26,12 +26,14 @@ from sessionstore import arguments as check
 from sessionstore import aside, codec
 from sessionstore._call import Call, Request, Steps
 from sessionstore.errors import (
+    DurabilityError,
     InvalidArgumentError,
     LeaseLostError,
     SessionBusyError,
     SessionNotActiveError,
     SessionNotFoundError,
     SessionStoreError,
+    WritesLostError,
 )
 from sessionstore.models import ENDED_STATUSES, AgentSessionStatus
 from sessionstore.operations import SessionOperations
@@ -60,6 +62,7 @@ class Holding:
     fence: str
     ttl: float
     taken_from: str  # the status it had before
+    known: dict[str, int] = field(default_factory=lambda: {"output": 0, "error": 0})
     deadline: float = 0.0
     renew_at: float = 0.0
     lost: LeaseLostError | None = None
@@ -73,6 +76,23 @@ class Holding:
         """It has been granted for another ``ttl`` by a request sent at ``began``."""
         self.deadline = max(self.deadline, began + self.ttl)
         self.renew_at = self.deadline - self.ttl * (1 - RENEWED_AFTER)
+
+    @property
+    def token(self) -> str:
+        """What its writes carry; ``lua/include/fence.lua`` reads it."""
+        return f"{self.fence}:{self.known['output']}:{self.known['error']}"
+
+    def knows(self, buffer: str, total: int) -> None:
+        """So many entries were ever added, as the answer to an append has told."""
+        self.known[buffer] = max(self.known[buffer], total)
+
+    def has_lost(self, token: str, error: WritesLostError) -> None:
+        """A write with this token was told that fewer are there: go on from what there is."""
+        _, *sent = map(int, token.split(":"))
+        there = (error.output_total, error.error_total)
+        for buffer, known, total in zip(self.known, sent, there, strict=True):
+            # Of what was acknowledged since that write was sent, the next one is told.
+            self.known[buffer] = total + max(self.known[buffer] - known, 0)
 
     def refuse_if_over(self) -> None:
         if self.lost is not None:
@@ -108,16 +128,30 @@ class Leases:
             return list(self._held.values())
 
     def fence_of(self, session_id: str) -> str:
-        """What a write to the session carries: its lease's fence, or nothing."""
+        """What a write to the session carries: its lease's token, or nothing."""
         holding = self._held.get(session_id)
-        return "" if holding is None else holding.fence
+        return "" if holding is None else holding.token
 
     def guarded(
-        self, session_id: str, fence: str, decode: Callable[[Any], T], *, ends: bool = False
+        self,
+        session_id: str,
+        fence: str,
+        decode: Callable[[Any], T],
+        *,
+        ends: bool = False,
+        added_to: Literal["output", "error"] | None = None,
     ) -> Callable[[Any], T]:
-        """The decoder of a write that carries a fence; ``ends``: the write ends the lease too."""
+        """The decoder of a write that carries a fence.
+
+        Args:
+            session_id: the session.
+            fence: what the write carries.
+            decode: the write's own decoder.
+            ends: the write ends the lease too.
+            added_to: the write appends to this buffer; its result is the buffer's total.
+        """
         holding = self._held.get(session_id)
-        if holding is None or holding.fence != fence:
+        if holding is None or not fence.startswith(f"{holding.fence}:"):
             return decode
         if ends:
             with self.lock:
@@ -129,18 +163,28 @@ class Leases:
             except (LeaseLostError, SessionNotFoundError) as error:
                 self.lose(holding, error, surely=True)
                 raise
-            except SessionStoreError:
+            except SessionStoreError as error:
                 if ends:
                     self._is_not_ending(holding)
+                if isinstance(error, WritesLostError):
+                    with self.lock:
+                        holding.has_lost(fence, error)
                 raise
+            if added_to is not None:
+                with self.lock:
+                    holding.knows(added_to, cast("int", result))
             if ends:
-                with self.lock:  # whatever it looked like meanwhile, it was not lost
-                    holding.released, holding.lost = True, None
-                    holding.callbacks.clear()
-                self.forget(holding)
+                self._has_ended(holding)
             return result
 
         return told
+
+    def _has_ended(self, holding: Holding) -> None:
+        """It has been given back."""
+        with self.lock:  # whatever it looked like meanwhile, it was not lost
+            holding.released, holding.lost = True, None
+            holding.callbacks.clear()
+        self.forget(holding)
 
     def _is_not_ending(self, holding: Holding) -> None:
         with self.lock:
@@ -281,25 +325,36 @@ class Leases:
         if not holding.released:
             holding.refuse_if_over()
             try:
-                yield self._request("update_status", holding.session_id, status)
+                lost = yield from self._told_of_loss("update_status", holding.session_id, status)
             except (LeaseLostError, SessionNotFoundError):
                 self.forget(holding)
+                raise
+            except DurabilityError:
+                self._has_ended(holding)
                 raise
             except RedisError:
                 self._is_not_ending(holding)
                 raise
+            if lost is not None:
+                raise lost
 
     def leaving(self, holding: Holding, error: BaseException | None) -> Steps[None]:
         """Give a session back as ``active``; of an exception, tell in the error buffer first."""
         if holding.released or holding.abandoned:
             return
+        told = lost = None
         try:
             if holding.lost is None and _is_worth_telling(error):
-                yield from self._telling(holding, error)
+                told = yield from self._telling(holding, error)
             if holding.lost is None:
-                yield self._request("update_status", holding.session_id, "active")
+                lost = yield from self._told_of_loss("update_status", holding.session_id, "active")
         except (LeaseLostError, SessionNotFoundError):
             pass
+        except DurabilityError as failure:
+            self._has_ended(holding)
+            if error is None:
+                raise
+            logger.warning("%s was released: %s", holding.session_id, failure)
         except RedisError as failure:
             if error is None:
                 raise
@@ -308,22 +363,42 @@ class Leases:
             self.forget(holding)
         if holding.lost is not None and holding.lost.owner and error is None:
             raise holding.lost  # somebody else is at work on it, and so were we
+        lost = told or lost
+        if lost is not None and error is None:
+            raise lost
+        if lost is not None:
+            logger.warning("%s", lost)
 
-    def _telling(self, holding: Holding, error: BaseException) -> Steps[None]:
+    def _told_of_loss(self, operation: str, *arguments: Any) -> Steps[WritesLostError | None]:
+        """Carry out a write, also if it is told of lost entries; that error, if it was."""
+        try:
+            yield self._request(operation, *arguments)
+        except WritesLostError as lost:
+            yield self._request(operation, *arguments)
+            return lost
+        return None
+
+    def _telling(self, holding: Holding, error: BaseException) -> Steps[WritesLostError | None]:
         try:
             message = _message(error, self._store.settings.chunk_limit)
-            yield self._request("add_error", holding.session_id, message)
+            return (yield from self._told_of_loss("add_error", holding.session_id, message))
         except (LeaseLostError, SessionNotFoundError):
             raise
         except Exception as failure:  # that the session is given back matters more
             logger.warning("%r was not told in %s: %s", error, holding.session_id, failure)
+            return None
 
     def giving_all_back(self) -> Steps[None]:
         """Release what is held: nobody is going to renew it."""
         self._closed = True  # a claim that is on its way now is left to run out
+        give_up_at = time.monotonic() + self._store.settings.deadline
         for holding in self.held():
             try:
                 yield from self.leaving(holding, None)
+            except DurabilityError as error:
+                logger.warning("%s was released: %s", holding.session_id, error)
+                if time.monotonic() > give_up_at:
+                    break
             except Exception as error:
                 logger.warning("%s was not released: %s", holding.session_id, error)
                 if isinstance(error, RedisError):

@@ -29,11 +29,11 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from sessionstore._call import REQUESTS, Request, Steps
 from sessionstore._operation import AsyncExecutor, SyncExecutor
-from sessionstore.errors import InvalidArgumentError, SessionStoreError
+from sessionstore.errors import DurabilityError, InvalidArgumentError, SessionStoreError
 from sessionstore.holding import Apart, Holding, Leases, alive
 from sessionstore.models import AgentSessionStatus
 from sessionstore.operations import SessionOperations
@@ -119,8 +119,9 @@ class Lease(HeldLease):
     """A session in this worker's hands, renewed by a daemon thread until it is given back.
 
     In a ``with``, leaving gives the session back as ``active``, after an exception with a line in
-    its error buffer. Leaving does nothing if it was given back before, has ended, or is gone; it
-    raises ``LeaseLostError`` if another worker holds it by now.
+    its error buffer. Leaving does nothing if it was given back before, has ended, or is gone. It
+    raises ``LeaseLostError`` if another worker holds it by now. If the server has lost entries that
+    were added under the lease, it gives the session back and raises ``WritesLostError``.
     """
 
     def __init__(self, leases: ThreadLeases, holding: Holding) -> None:
@@ -140,6 +141,8 @@ class Lease(HeldLease):
 
         Raises:
             LeaseLostError: others have ended the lease.
+            WritesLostError: the server has lost entries that were added under it; the session has
+                been given back.
         """
         self._leases.executor.carry(self._leases.releasing(self._holding, status))
 
@@ -323,14 +326,17 @@ class AsyncClaim:
         try:
             return await asyncio.shield(attempt)
         except asyncio.CancelledError:
-            undoing = self._leases.in_background(self._undo(attempt))
+            undoing = self._leases.in_background(self._undo(request, attempt))
             await asyncio.wait([undoing])  # cancelled once more: it is given back all the same
             raise
 
-    async def _undo(self, attempt: asyncio.Task[AsyncLease]) -> None:
+    async def _undo(self, request: Request[AsyncLease], attempt: asyncio.Task[AsyncLease]) -> None:
         """Give back what nobody waits for any more, with the status it had."""
         with suppress(Exception):
-            lease = await attempt
+            try:
+                lease = await attempt
+            except DurabilityError as error:  # it is held all the same
+                lease = cast("AsyncLease", request.decode(error.answer))
             status: Any = lease._holding.taken_from  # pyright: ignore[reportPrivateUsage]
             await lease.release("active" if status == "busy" else status)
 

@@ -16,10 +16,12 @@ import re
 from collections.abc import Mapping
 from typing import Any, cast
 
+from redis.exceptions import NoPermissionError, ResponseError
+
 from sessionstore import codec
 from sessionstore._call import Call
 from sessionstore._version import __version__
-from sessionstore.errors import SchemaMismatchError, UnsafeServerError
+from sessionstore.errors import InvalidArgumentError, SchemaMismatchError, UnsafeServerError
 from sessionstore.keys import Keyspace
 from sessionstore.settings import StoreSettings
 
@@ -28,6 +30,8 @@ SCHEMA_VERSION = "1"
 
 #: The command beside the script: what the server says of its memory.
 INFO = ("INFO", "memory")
+#: And for ``wait_replicas``: it waits for none, but says whether it may be asked to.
+WAIT = ("WAIT", 0, 1)
 
 
 def _layout(settings: StoreSettings) -> dict[str, str]:
@@ -117,6 +121,21 @@ def check_server(info: Any, settings: StoreSettings) -> str:
             "noeviction is safer"
         )
     return ""
+
+
+def check_wait(reply: Any) -> None:
+    """Refuse to write where nobody would tell whether replicas have it.
+
+    Raises:
+        NoPermissionError: the server's own, this user may not use WAIT.
+        InvalidArgumentError: the server does not know WAIT.
+    """
+    if isinstance(reply, NoPermissionError):
+        raise reply
+    if isinstance(reply, ResponseError) and str(reply).lower().startswith("unknown command"):
+        raise InvalidArgumentError.of(
+            "wait_replicas", f"must be 0: this server does not know WAIT ({reply})"
+        )
 
 
 _LANES, _ANY_KEY = 1, 2

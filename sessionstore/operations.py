@@ -201,6 +201,7 @@ class SessionOperations:
             SessionStatusError: its status is not among ``expected``; nothing was changed.
             SessionBusyError: another worker holds it; nothing was changed.
             LeaseLostError: this worker has claimed it and lost it; nothing was changed.
+            WritesLostError: it holds it, and a failover has lost entries; nothing was changed.
         """
         keys, session_id = self._locate(session_id)
         status = check.status("status", status)
@@ -260,6 +261,7 @@ class SessionOperations:
             SessionNotFoundError: there is no such session.
             SessionBusyError: another worker holds it; nothing was added.
             LeaseLostError: this worker has claimed it and lost it; nothing was added.
+            WritesLostError: it holds it, and a failover has lost entries; nothing was added.
         """
         return self._append("add_output", session_id, chunks)
 
@@ -282,6 +284,7 @@ class SessionOperations:
         Raises:
             SessionBusyError: another worker holds it; nothing was deleted.
             LeaseLostError: this worker has claimed it and lost it; nothing was deleted.
+            WritesLostError: it holds it, and a failover has lost entries; nothing was deleted.
         """
         keys, session_id = self._locate(session_id)
         fence = self._leases.fence_of(session_id)
@@ -671,6 +674,7 @@ class SessionOperations:
             session_id = check.text("session_id", session_id)
         keys, lane = _appended_to(self.keyspace, script, session_id)
         fence = self._leases.fence_of(session_id)
+        buffer: Literal["output", "error"] = "output" if script == "add_output" else "error"
         return Call(
             script,
             keys,
@@ -681,7 +685,7 @@ class SessionOperations:
                 fence,
                 *check.chunks(chunks, self.redact, self.settings.chunk_limit),
             ),
-            self._leases.guarded(session_id, fence, _total) if fence else _total,
+            self._leases.guarded(session_id, fence, _total, added_to=buffer) if fence else _total,
             lane,
         )
 

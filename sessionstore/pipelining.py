@@ -19,14 +19,15 @@ is left is the chance that another one of the same variant does so within these 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any, NamedTuple, TypeAlias
 
-from redis.exceptions import NoScriptError
+from redis.exceptions import ConnectionError, NoScriptError
 
 from sessionstore._call import Call, Several, Snapshot
-from sessionstore.errors import own_copy
+from sessionstore.errors import DurabilityError, own_copy
 from sessionstore.keys import Keys
 from sessionstore.lanes import Lane
 from sessionstore.scripts import Script, guarded, load, variant
@@ -43,11 +44,13 @@ VARIANTS = 8  # of each script; the server keeps them all
 class Command(NamedTuple):
     """A script and what follows it in EVALSHA: number of keys, keys, arguments.
 
-    Without a script, ``operands`` are a command by themselves.
+    Without a script, ``operands`` are a command by themselves. ``waits``: it is a write that
+    replicas are to have, if the store is told so.
     """
 
     script: Script | None
     operands: Words
+    waits: bool = False
 
     @property
     def evalsha(self) -> Words:
@@ -67,13 +70,13 @@ def command(call: Call[Any], lane: Lane | None, *, is_guarded: bool = False) -> 
         keys, args = (call.lane(lane.name), *keys), (lane.sequence, *args)
     if is_guarded:
         script, keys = guarded(script), (*keys, Keys.guard_of(keys[0]))
-    return Command(script, (len(keys), *keys, *args))
+    return Command(script, (len(keys), *keys, *args), lane is not None and call.script != "renew")
 
 
 def encoded(call: Call[Any], lane: Lane | None, *, is_guarded: bool = False) -> Command:
     """The same in bytes: redis-py's asyncio client takes four times as long to encode it."""
-    script, operands = command(call, lane, is_guarded=is_guarded)
-    return Command(script, tuple([_bytes(one) for one in operands]))
+    script, operands, waits = command(call, lane, is_guarded=is_guarded)
+    return Command(script, tuple([_bytes(one) for one in operands]), waits)
 
 
 def _bytes(one: str | int | bytes) -> bytes:
@@ -128,6 +131,42 @@ def answers(
     ]
 
 
+def _is_done(reply: Any) -> bool:
+    """Whether a write was carried out; it may have been refused, or have failed."""
+    return isinstance(reply, (str, bytes)) and reply[:2] in ("ok", b"ok")
+
+
+# While it waited, or between the write and WAIT.
+_DEMOTED = re.compile(r"^UNBLOCKED|WAIT cannot be used with replica", re.IGNORECASE)
+
+
+class Replication(NamedTuple):
+    """How many replicas are to have a write before it is answered; ``wait_replicas``.
+
+    WAIT is sent behind the writes, on the same connection: on another one it knows of no write to
+    wait for, and answers at once.
+    """
+
+    replicas: int
+    wait_ms: int  # at most
+
+    @property
+    def words(self) -> Words:
+        return ("WAIT", self.replicas, self.wait_ms)
+
+    def failure(self, answer: Any, reply: Any) -> Exception:
+        """What a write is told, given its answer and the reply to WAIT: too few, or an error."""
+        if isinstance(reply, Exception):
+            if _DEMOTED.search(str(reply)):  # sent again, to the new primary
+                return ConnectionError(f"the server became a replica meanwhile: {reply}")
+            error = DurabilityError.of(self.replicas, None, str(reply))
+            error.__cause__ = reply
+        else:
+            error = DurabilityError.of(self.replicas, int(reply), f"{self.wait_ms / 1000:g} s")
+        error.answer = answer
+        return error
+
+
 class Rounds:
     """The rounds of one pipeline.
 
@@ -135,32 +174,48 @@ class Rounds:
         commands: what is to be sent.
         in_order: send the scripts in the first round already, to keep the order.
         may_load: whether this user may load scripts, as far as is known.
+        replication: how many replicas are to have what was written, and how long to wait for them.
     """
 
     def __init__(
-        self, commands: Sequence[Command], *, in_order: bool = False, may_load: bool = True
+        self,
+        commands: Sequence[Command],
+        *,
+        in_order: bool = False,
+        may_load: bool = True,
+        replication: Replication | None = None,
     ) -> None:
         if in_order and may_load:
             number = random.randrange(VARIANTS)
             commands = [
-                Command(one.script and variant(one.script, number), one.operands)
-                for one in commands
+                one._replace(script=one.script and variant(one.script, number)) for one in commands
             ]
         self._commands = commands
         self._missing: Sequence[int] = range(len(commands))
         self._round = 0 if may_load or not in_order else 2
         self._is_loading = in_order
         self._loads = 0
+        self._replication = replication
+        self._is_waiting = False
         #: For each command its reply, or its error.
         self.replies: list[Any] = [None] * len(commands)
 
     def following(self) -> list[Words]:
         """What is to be sent now; nothing once all have been answered."""
-        to_send = [self._commands[number] for number in self._missing]
         self._round += 1
-        if self._round > 2:
+        if self._round > 3:
+            return []
+        to_send = [self._commands[number] for number in self._missing]
+        words = self._words(to_send)
+        self._is_waiting = self._replication is not None and any(one.waits for one in to_send)
+        if self._replication is not None and self._is_waiting:
+            words.append(self._replication.words)
+        return words
+
+    def _words(self, to_send: Sequence[Command]) -> list[Words]:
+        if self._round == 3:
             self._loads = 0
-            return [] if self._round > 3 else [one.eval for one in to_send]
+            return [one.eval for one in to_send]
         scripts = (
             dict.fromkeys(one.script for one in to_send if one.script) if self._is_loading else ()
         )
@@ -172,12 +227,23 @@ class Rounds:
 
     def take(self, replies: Sequence[Any]) -> None:
         """The replies to what was sent."""
-        for number, reply in zip(self._missing, replies[self._loads :], strict=True):
+        end = len(replies) - self._is_waiting
+        for number, reply in zip(self._missing, replies[self._loads : end], strict=True):
             self.replies[number] = reply
+        if self._replication is not None and self._is_waiting:
+            self._have_replicas(self._replication, replies[-1])
         self._missing = [n for n in self._missing if isinstance(self.replies[n], NoScriptError)]
         self._is_loading = True
         if not self._missing:
             self._round = 3
+
+    def _have_replicas(self, replication: Replication, reply: Any) -> None:
+        """From how many replicas have what was just written to the replies to it."""
+        if not isinstance(reply, Exception) and int(reply) >= replication.replicas:
+            return
+        for number in self._missing:
+            if self._commands[number].waits and _is_done(self.replies[number]):
+                self.replies[number] = replication.failure(self.replies[number], reply)
 
     def fail(self, error: Exception) -> bool:
         """A round has failed as a whole: whether that is the failure of some commands only.

@@ -29,6 +29,7 @@ class SettingsArguments(TypedDict, total=False):
     partitions: int
     cluster: bool
     deadline: float
+    wait_replicas: int
     max_connections: int
     allow_eviction: bool
     coalesce: bool
@@ -66,6 +67,9 @@ class StoreSettings(BaseModel, frozen=True, extra="forbid"):
     deadline: Annotated[
         float, Field(gt=0, le=60, description="seconds a call may take over all its attempts")
     ] = 10.0
+    wait_replicas: Annotated[
+        int, Field(ge=0, le=100, description="how many replicas must have each write")
+    ] = 0
     max_connections: Annotated[
         int, Field(ge=1, description="connections of the pool that from_url opens")
     ] = 50

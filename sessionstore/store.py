@@ -23,6 +23,7 @@ from collections.abc import (
 )
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self, TypeVar, Unpack, cast
 
 import redis
@@ -49,7 +50,13 @@ from sessionstore._call import (
     Together,
 )
 from sessionstore._operation import AsyncExecutor, SyncExecutor
-from sessionstore.attempts import ATTEMPTS_SHARE, POOL_WAIT_SHARE, Attempts
+from sessionstore.attempts import (
+    ATTEMPTS_SHARE,
+    POOL_WAIT_SHARE,
+    REPLICAS_SECONDS,
+    REPLICAS_SHARE,
+    Attempts,
+)
 from sessionstore.batch import AsyncBatch, Batch, Sender
 from sessionstore.clusters import TaskCluster, ThreadCluster
 from sessionstore.coalescing import LARGE_REPLIES, Coalescer
@@ -57,6 +64,7 @@ from sessionstore.errors import (
     InvalidArgumentError,
     OutcomeUnknownError,
     SessionStoreError,
+    is_transient,
     own_copy,
 )
 from sessionstore.importing import Existing, Import
@@ -68,6 +76,7 @@ from sessionstore.news import TaskNews, ThreadNews
 from sessionstore.operations import SessionOperations
 from sessionstore.pipelining import (
     Command,
+    Replication,
     Rounds,
     Single,
     Words,
@@ -116,7 +125,7 @@ class _Store(SessionOperations):
         self.redact = redact
         self._own_client = own_client
         self._lanes = Lanes()
-        self._checked = False
+        self._checked = self._has_been_checked = False
         self._warned_of = ""
         self._may_load_scripts = True
         self._closed = False
@@ -187,7 +196,30 @@ class _Store(SessionOperations):
             [one for several in sent for one in several],
             in_order=True,
             may_load=self._may_load_scripts,
+            replication=self._replication,
         )
+
+    def _rounds(self, commands: Sequence[Command]) -> Rounds:
+        return Rounds(commands, replication=self._replication)
+
+    def _waits(self, one: Command) -> bool:
+        return one.waits and self._replication is not None
+
+    @cached_property
+    def _replication(self) -> Replication | None:
+        """What each write waits for; asked for when it is known whose the client is."""
+        if not self.settings.wait_replicas:
+            return None
+        most = self.settings.deadline if self._own_client else REPLICAS_SECONDS
+        timeout = connecting.read_timeout(self._client)
+        seconds = most if timeout is None else min(most, timeout * REPLICAS_SHARE)
+        return Replication(self.settings.wait_replicas, max(round(seconds * 1000), 1))
+
+    def _refuse_replicas_on_cluster(self) -> None:
+        if self._on_cluster and self.settings.wait_replicas:
+            raise InvalidArgumentError.of(
+                "wait_replicas", "must be 0 on a Redis Cluster: it is for one primary"
+            )
 
     def _importing(self, lines: object, existing: Existing, *, dry_run: bool) -> Import:
         self._refuse_if_closed()
@@ -226,25 +258,29 @@ class _Store(SessionOperations):
     def _opening(self) -> list[Words]:
         """The commands that are sent before all others: what they tell, ``_check_opened`` reads."""
         (opened,) = self._commands(opening.open_store(self.keyspace, self.settings), None)
-        return [opened.eval, opening.INFO, ("SCRIPT", "LOAD", load("ping").text)]
+        words = [opened.eval, opening.INFO, ("SCRIPT", "LOAD", load("ping").text)]
+        return words if self._replication is None else [*words, opening.WAIT]
 
     def _check_opened(self, replies: list[Any]) -> None:
-        meta, info, loaded = replies
+        meta, info, loaded, *waited = replies
         self._may_load_scripts = not isinstance(loaded, NoPermissionError)
         if isinstance(meta, MovedError):
             raise InvalidArgumentError.of(
                 "cluster", "must be true: this server is a node of a Redis Cluster"
             ) from meta
         if isinstance(meta, Exception):
-            raise meta
-        if meta:
+            if not (self._on_cluster and self._has_been_checked and is_transient(meta)):
+                raise meta  # else the one node that has it is away, and others need not wait for it
+        elif meta:
             opening.check_layout(meta, self.settings)
+        for reply in waited:
+            opening.check_wait(reply)
         warning = opening.check_server(info, self.settings)
         if warning and warning != self._warned_of:  # once, however often connections fail
             logger.warning(warning)
         self._warned_of = warning
         # Who may only read and comes before all workers sees no layout yet, and looks again.
-        self._checked = bool(meta)
+        self._checked = self._has_been_checked = bool(meta)
 
 
 def _failure(call: Call[None], reply: Any) -> Exception | None:
@@ -285,6 +321,7 @@ class SessionStore(_Store, SyncExecutor):
             else connecting.accepted(client)
         )
         self._on_cluster = isinstance(self._client, ThreadCluster)
+        self._refuse_replicas_on_cluster()
         self._news = ThreadNews(self._client, self.keyspace.news)
         self._in_bytes = _LEFT_IN_BYTES if connecting.decodes(self._client) else {}
 
@@ -299,7 +336,8 @@ class SessionStore(_Store, SyncExecutor):
         """A store with a client of its own: blocking pool, retries, one deadline per call.
 
         Args:
-            url: ``redis://``, ``rediss://`` or ``unix://``, as redis-py takes it.
+            url: ``redis://``, ``rediss://`` or ``unix://``, as redis-py takes it, or
+                ``redis+sentinel://HOST[:PORT],…/SERVICE`` (``rediss+sentinel://`` over TLS).
             redact: see the class.
             settings: see ``StoreSettings``.
         """
@@ -531,12 +569,14 @@ class SessionStore(_Store, SyncExecutor):
         request = self._sent_as(request)
         if isinstance(request, Call):
             (one,) = self._commands(request, lane)
+            if self._waits(one):
+                return answer(request, self._send_pipeline(self._rounds([one])))
             try:
                 return self._client.execute_command(*one.evalsha, **self._in_bytes)
             except NoScriptError:
                 return self._client.execute_command(*one.eval, **self._in_bytes)
         if isinstance(request, Several):
-            return answer(request, self._send_pipeline(Rounds(self._commands(request, lane))))
+            return answer(request, self._send_pipeline(self._rounds(self._commands(request, lane))))
         if isinstance(request, Together):
             requests = [(self._sent_as(one), lane) for one, lane in request.requests]
             sent = [self._commands(*one) for one in requests]
@@ -641,13 +681,14 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         )
         self._in_bytes = _LEFT_IN_BYTES if connecting.decodes(self._client) else {}
         self._on_cluster = isinstance(self._client, TaskCluster)
+        self._refuse_replicas_on_cluster()
         #: Whether it was opened, or why not, for those who wait.
         self._being_opened: asyncio.Future[Exception | bool] | None = None
         self._news = TaskNews(self._client, self._publish, self.keyspace.news)
         self._coalescing = (
             Coalescer(
-                self._execute if self._in_bytes else self._client.execute_command,
-                lambda several: self._send_pipeline(Rounds(several)),
+                self._send_alone,
+                lambda several: self._send_pipeline(self._rounds(several)),
                 connecting.connections_of(self._client),
                 lambda: self._own_client,
             )
@@ -873,6 +914,11 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         return reply
 
     async def _send_alone(self, one: Command) -> Any:
+        if self._waits(one):
+            (reply,) = await self._send_pipeline(self._rounds([one]))
+            if isinstance(reply, Exception):
+                raise reply
+            return reply
         try:
             return await self._execute(*one.evalsha)
         except NoScriptError:
@@ -890,7 +936,8 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         self, request: Several[Any] | Together[Any] | Snapshot[Any], lane: Lane | None
     ) -> Any:
         if isinstance(request, Several):
-            return answer(request, await self._send_pipeline(Rounds(self._commands(request, lane))))
+            rounds = self._rounds(self._commands(request, lane))
+            return answer(request, await self._send_pipeline(rounds))
         if isinstance(request, Together):
             requests = [(self._sent_as(one), lane) for one, lane in request.requests]
             sent = [self._commands(*one) for one in requests]

@@ -21,7 +21,12 @@ from typing import Any, Literal
 
 from sessionstore import arguments as check
 from sessionstore._call import Steps
-from sessionstore.errors import PASSING, InvalidArgumentError, OutcomeUnknownError
+from sessionstore.errors import (
+    PASSING,
+    InvalidArgumentError,
+    OutcomeUnknownError,
+    WritesLostError,
+)
 from sessionstore.lines import LONGEST_ENTRY, LineSplitter
 from sessionstore.operations import SessionOperations
 
@@ -85,6 +90,7 @@ class Backlog:
         #: A write that reaches further than this needs more than to be appended.
         self.alarm = -1
         self.failure: BaseException | None = None
+        self.loss: WritesLostError | None = None  # yet to be told
         self._splitter = LineSplitter(min(LONGEST_ENTRY, self._store.settings.chunk_limit))
         self._decoder = _new_decoder("replace")
         self._is_cut = False  # the last bytes end inside a character
@@ -116,7 +122,7 @@ class Backlog:
 
     def _set_alarm(self) -> None:
         full = self.stored + self._max_pending
-        if self.is_over or self._is_cut:
+        if self.is_over or self._is_cut or self.loss is not None:
             self.alarm = -1
         elif self.written == self.taken:  # the next write is the first of those to come
             self.alarm = self.written
@@ -149,6 +155,10 @@ class Backlog:
         """Raise what kept something from being stored."""
         if self.failure is not None:  # again and again: its traceback must not grow
             raise self.failure.with_traceback(self._failed_at)
+        loss, self.loss = self.loss, None
+        if loss is not None:  # once: what was written since is stored all the same
+            self._set_alarm()
+            raise loss
 
     # ---- Sending -----------------------------------------------------------------------------
 
@@ -263,6 +273,9 @@ class Backlog:
                     is_told = True
                     message = "%s: the store takes nothing now (%s), output waits for it"
                     logger.warning(message, self.session_id, error)
+            except WritesLostError as error:
+                self.loss, unknown = error, None
+                continue
             except InvalidArgumentError:
                 if unknown is None:
                     raise

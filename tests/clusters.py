@@ -112,7 +112,7 @@ class PrivateCluster:
         """Wait until all nodes agree whose each slot is, and replicas have what primaries have.
 
         A replica that has not heard of a move is promoted with a slot that is another's. And two
-        nodes that give themselves the same epoch, each for a slot of its own, may go on to disagree.
+        nodes that give themselves the same epoch, each for a slot of its own, may disagree on.
         """
         until(lambda: len({self._view_of(client) for client in self._admins}) == 1)
         reached = [client.info("replication")["master_repl_offset"] for client in self._admins]

@@ -17,6 +17,7 @@ import os
 import re
 import signal
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -32,7 +33,8 @@ import pytest
 import redis
 from clusters import PrivateCluster
 from programme import attack  # noqa: F401, a fixture
-from rawkeys import RawKeys
+from rawkeys import RawKeys, plain_client
+from sentinels import PrivateSentinels
 
 import sessionstore.news
 from sessionstore import (
@@ -51,6 +53,7 @@ T = TypeVar("T")
 
 FAKEREDIS = "fakeredis"
 CLUSTER = "cluster"
+SENTINEL = "sentinel"
 
 
 def _programs() -> dict[str, ServerProgram]:
@@ -72,6 +75,7 @@ STYLES = ("sync", "async")
 ON_ONE_SERVER = [
     *(f"{style}-{target}" for target in (FAKEREDIS, *SERVERS) for style in STYLES),
     *(f"{style}-{target}-16" for target in SERVERS for style in STYLES),
+    *(f"{style}-{SENTINEL}" for style in STYLES),
 ]
 WORLDS = [
     *ON_ONE_SERVER,
@@ -80,7 +84,7 @@ WORLDS = [
 #: For a contract test that is about one server.
 on_one_server = pytest.mark.parametrize("world", ON_ONE_SERVER, indirect=True)
 EVERY_SERVER = "--every-server"
-SERVER_FIXTURES = ("server", "own_server", "cluster_program", "place")
+SERVER_FIXTURES = ("server", "own_server", "cluster_program", "sentinel_program", "pair", "place")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -98,7 +102,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     What a store does with a reply, and how it spreads keys, is this side's. So a contract test runs
     on fakeredis and on one server, in different styles, and with 16 partitions on the next server;
-    every eighth on a cluster too.
+    every eighth on a cluster too, and another eighth on a pair with sentinels.
     """
     every, asked = config.getoption(EVERY_SERVER), config.getoption(programme.ATTACK)
     offered: dict[tuple[Any, ...], dict[Any, None]] = {}
@@ -141,9 +145,11 @@ def _worlds_of(turn: int) -> tuple[str, ...]:
         f"{STYLES[1 - style]}-{SERVERS[server]}",
         f"{STYLES[style]}-{following}-16",
     )
-    if turn // 4 % 8:
-        return worlds
-    return (*worlds, f"{STYLES[turn // 32 % 2]}-{CLUSTER}-{(1, 16, 256)[turn // 64 % 3]}")
+    more = {
+        0: f"{STYLES[turn // 32 % 2]}-{CLUSTER}-{(1, 16, 256)[turn // 64 % 3]}",
+        1: f"{STYLES[turn // 32 % 2]}-{SENTINEL}",
+    }.get(turn // 4 % 8)
+    return (*worlds, more) if more else worlds
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -159,6 +165,20 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return lines
 
 
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """How many tests have passed on each target, where each test is to run on all."""
+    if not config.getoption(EVERY_SERVER):
+        return
+    passed: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("passed", ()):
+        parameters = report.nodeid.partition("[")[2]
+        worlds = [name for name in WORLDS if parameters.startswith((f"{name}-", f"{name}]"))]
+        if worlds:
+            passed[max(worlds, key=len).partition("-")[2]] += 1
+    for target, count in sorted(passed.items()):
+        terminalreporter.write_line(f"on {target}: {count:,} tests passed")
+
+
 def pytest_sessionstart() -> None:
     # A shell has its background jobs ignore interrupts, and some tests send themselves one.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -171,16 +191,19 @@ def pytest_sessionstart() -> None:
 
 @pytest.fixture(scope="session")
 def running() -> Iterator[Callable[[str], Any]]:
-    """The running server of a program's name, or the cluster; started when first asked for."""
+    """The running server of a program's name, the cluster, or the pair; started when asked for."""
     servers: dict[str, Any] = {}
+
+    def start(name: str) -> Any:
+        if name == CLUSTER:
+            return PrivateCluster(PROGRAMS[SERVERS[-1]])
+        if name == SENTINEL:  # nothing happens to it
+            return PrivateSentinels(PROGRAMS[SERVERS[0]], down_after=60_000)
+        return PrivateServer(PROGRAMS[name])
 
     def get(name: str) -> Any:
         if name not in servers:
-            servers[name] = (
-                PrivateCluster(PROGRAMS[SERVERS[-1]])
-                if name == CLUSTER
-                else PrivateServer(PROGRAMS[name])
-            )
+            servers[name] = start(name)
         return servers[name]
 
     yield get
@@ -203,6 +226,19 @@ def own_server(request: pytest.FixtureRequest) -> Iterator[PrivateServer]:
     """
     arguments = ("--appendonly", "yes", "--appendfsync", "no")
     with PrivateServer(PROGRAMS[request.param], arguments) as started:
+        yield started
+
+
+@pytest.fixture(params=SERVERS)
+def sentinel_program(request: pytest.FixtureRequest) -> str:
+    """The program of a pair with sentinels."""
+    return str(request.param)
+
+
+@pytest.fixture
+def pair(sentinel_program: str) -> Iterator[PrivateSentinels]:
+    """A primary, a replica and three sentinels, for this test alone."""
+    with PrivateSentinels(PROGRAMS[sentinel_program]) as started:
         yield started
 
 
@@ -261,7 +297,7 @@ PASSWORD = "secret"
 @cache
 def acl_server(url: str) -> acl.Server:
     """What the server of a URL knows of ACLs."""
-    with redis.Redis.from_url(url) as client:
+    with plain_client(url, decode_responses=True) as client:
         info: Any = client.info("server")
     name = "valkey" if "valkey_version" in info else "redis"
     return acl.Server.named(f"{name}-{info[f'{name}_version']}")
@@ -284,7 +320,7 @@ def acl_words(
 
 def url_for(url: str, user: str) -> str:
     """A URL with a user of ``acl_words`` in it."""
-    return url.replace("redis://", f"redis://{user}:{PASSWORD}@")
+    return url.replace("://", f"://{user}:{PASSWORD}@", 1)
 
 
 class World(RawKeys):
@@ -313,10 +349,8 @@ class World(RawKeys):
         """A plain blocking client of the same server."""
         if self.url is None:
             client: Any = fakeredis.FakeRedis(server=self._fake, **options)
-        elif self.target == CLUSTER:
-            client = redis.RedisCluster.from_url(self.url, **options)
         else:
-            client = redis.Redis.from_url(self.url, **options)
+            client = plain_client(self.url, cluster=self.target == CLUSTER, **options)
         self._opened.append(client)
         return client
 

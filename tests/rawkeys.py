@@ -24,6 +24,22 @@ def crc16(text: str) -> int:
     return crc
 
 
+def plain_client(url: str, *, cluster: bool = False, of: Any = redis, **options: Any) -> Any:
+    """A client of redis-py for a server, a cluster, or what the sentinels tell to be the primary.
+
+    ``of`` may be ``redis.asyncio``.
+    """
+    if url.startswith("redis+sentinel://"):
+        first, _, service = url.removeprefix("redis+sentinel://").rpartition("/")
+        host, _, port = first.partition(",")[0].partition(":")
+        asked: Any = redis.Sentinel([(host, int(port))])
+        host, port = asked.discover_master(service)
+        asked.sentinels[0].close()
+        return of.Redis(host=host, port=port, **options)
+    kind = of.RedisCluster if cluster else of.Redis
+    return kind.from_url(url, **options)
+
+
 class RawKeys:
     """A namespace of 1, 16 or 256 partitions.
 

@@ -13,14 +13,16 @@ import redis.connection
 
 @contextmanager
 def noted_sendings() -> Iterator[list[bytes]]:
-    """The bytes of each round trip from now on, as long as the ``with`` lasts."""
+    """The bytes of each round trip to a server from now on, as long as the ``with`` lasts."""
     sent: list[bytes] = []
 
     def noting(connection_class: Any) -> Any:
         send = connection_class.send_packed_command
 
         def note(connection: Any, command: Any, *args: Any, **kwargs: Any) -> Any:
-            sent.append(command if isinstance(command, bytes) else b"".join(command))
+            said = command if isinstance(command, bytes) else b"".join(command)
+            if b"SENTINEL" not in said:
+                sent.append(said)
             return send(connection, command, *args, **kwargs)
 
         return note

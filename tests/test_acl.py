@@ -790,6 +790,12 @@ def test_another_database_is_selected() -> None:
     assert "+select" not in acl.rule("worker", StoreSettings())
 
 
+def test_a_reader_waits_for_replicas_only_if_its_settings_say_so() -> None:
+    assert "+wait" not in acl.rule("reader", StoreSettings())
+    assert "+wait" in acl.rule("reader", StoreSettings(wait_replicas=1))
+    assert acl.rule("worker", StoreSettings(wait_replicas=1)) == acl.rule("worker", StoreSettings())
+
+
 @pytest.mark.parametrize("user", ["", "a b", "a\nb", "a:b", "x" * 101])
 def test_a_users_name_is_one_word(user: str) -> None:
     with pytest.raises(InvalidArgumentError, match="user"):

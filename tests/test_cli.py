@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from commandline import CommandLine, Finished, command_line
-from conftest import PROGRAMS, SERVERS
+from conftest import PROGRAMS, SENTINEL, SERVERS
 from faults import Fault, FaultProxy
 from prestarted import PROGRAM
 from waiting import until
@@ -497,7 +497,13 @@ def test_without_a_url_the_command_says_what_to_set(cli: CommandLine) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", [f"redis://:{PASSWORD}/x@localhost", f"redis://:12#{PASSWORD}@localhost:6379"]
+    "url",
+    [
+        f"redis://:{PASSWORD}/x@localhost",
+        f"redis://:12#{PASSWORD}@localhost:6379",
+        f"redis+sentinel://:{PASSWORD}/x@localhost/primary",
+        f"redis+sentinel://:12/{PASSWORD}@localhost/primary",
+    ],
 )
 def test_a_password_that_breaks_the_url_is_not_shown(cli: CommandLine, url: str) -> None:
     finished = cli.run("ls", env={"SESSIONSTORE_URL": url})
@@ -529,6 +535,20 @@ def test_an_unreachable_socket_is_4_with_its_path(cli: CommandLine, tmp_path: Pa
     finished = cli.run("--url", f"unix://:{PASSWORD}@{path}", "--timeout", "0.5", "ls")
     assert finished.code == 4
     assert str(path) in finished.err
+    assert PASSWORD not in finished.err
+
+
+def test_the_sentinels_tell_where_the_store_is(
+    cli: CommandLine, running: Callable[[str], Any]
+) -> None:
+    assert cli.run("--url", running(SENTINEL).url, "ls", "--json").out == "[]\n"
+
+
+def test_sentinels_out_of_reach_are_4_with_their_addresses(cli: CommandLine) -> None:
+    url = f"redis+sentinel://:{PASSWORD}@127.0.0.1:1,[::1]:1/primary?sentinel_password={PASSWORD}"
+    finished = cli.run("--url", url, "--timeout", "0.5", "ls")
+    assert (finished.code, finished.out) == (4, "")
+    assert "cannot reach the store at primary of 127.0.0.1:1, [::1]:1: No master" in finished.err
     assert PASSWORD not in finished.err
 
 

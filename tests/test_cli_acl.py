@@ -84,8 +84,10 @@ def test_namespace_partitions_cluster_and_database_are_those_of_the_settings(
         "&{a:b.c}:* &{a:b.c/[0-9a-f][0-9a-f]}:* +asking +client|setinfo +cluster|slots +command "
     )
     assert "+select" not in cli.run("acl", "--role", "worker").out
-    elsewhere = cli.run("acl", "--role", "worker", env={"SESSIONSTORE_URL": "redis://h:1/3"})
-    assert "+select" in elsewhere.out
+    for url in ("redis://h:1/3", "redis+sentinel://h/3?db=1", "unix:///s?db=2"):
+        assert "+select" in cli.run("acl", "--role", "worker", env={"SESSIONSTORE_URL": url}).out
+    of_a_service = {"SESSIONSTORE_URL": "redis+sentinel://h/3"}
+    assert "+select" not in cli.run("acl", "--role", "worker", env=of_a_service).out
 
 
 def test_it_needs_no_server(cli: CommandLine) -> None:

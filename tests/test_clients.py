@@ -18,6 +18,7 @@ import redis.asyncio
 from conftest import PROGRAMS, SERVERS, Awaiting, World, on_one_server
 from consistency import assert_consistent
 from faults import Fault, FaultyWorld
+from rawkeys import plain_client
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ConstantBackoff, ExponentialBackoff, NoBackoff
 from redis.retry import Retry
@@ -101,7 +102,7 @@ def client_of(world: World, **options: Any) -> Iterator[Any]:
     if world.url is None:
         client = fakeredis.aioredis.FakeRedis(server=world._fake, **options)
     else:
-        client = redis.asyncio.Redis.from_url(world.url, **options)
+        client = plain_client(world.url, of=redis.asyncio, **options)
     try:
         yield client
     finally:

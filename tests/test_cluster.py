@@ -287,7 +287,7 @@ def test_sessions_are_reaped_while_another_partition_is_away(
         sessions = of_each_node(store, without_a_part)
         for session_id in sessions.values():
             store.claim(session_id, ttl=0.1).abandon()
-        away = without_a_part.nodes[0]
+        away = without_a_part.owner_of(slot_of(f"{{{world.namespace}}}"))  # what meta is on
         away.kill()
         world.sleep(0.2)
         for _ in range(2):  # marked, and ended

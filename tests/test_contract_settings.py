@@ -14,6 +14,7 @@ import redis
 import redis.asyncio
 from conftest import Awaiting, on_one_server
 from faults import Fault, FaultProxy
+from rawkeys import plain_client
 
 from sessionstore import (
     AsyncSessionStore,
@@ -40,6 +41,7 @@ DEFAULTS = {
     "types": None,
     "partitions": 1,
     "deadline": 10.0,
+    "wait_replicas": 0,
     "max_connections": 50,
     "allow_eviction": False,
     "cluster": False,
@@ -58,6 +60,7 @@ OTHERS: dict[str, tuple[str, Any]] = {
     "types": ("claude, codex", frozenset({"claude", "codex"})),
     "partitions": ("16", 16),
     "deadline": ("2.5", 2.5),
+    "wait_replicas": ("2", 2),
     "max_connections": ("1", 1),
     "allow_eviction": ("true", True),
     "cluster": ("1", True),
@@ -75,6 +78,7 @@ BAD: list[tuple[str, Any]] = [
     ("namespace", "x\n"),
     ("namespace", 5),
     ("buffer_limit", -1),
+    ("wait_replicas", -1),
     ("buffer_limit", "many"),
     ("buffer_limit", 1.5),
     ("buffer_limit", None),
@@ -395,7 +399,7 @@ def test_any_client_gives_the_same_answers(
         if world.url is None:
             client = fakeredis.aioredis.FakeRedis(server=world._fake, **options)
         else:
-            client = redis.asyncio.Redis.from_url(world.url, **options)
+            client = plain_client(world.url, of=redis.asyncio, **options)
         store = Awaiting(AsyncSessionStore(client, namespace=world.namespace), world.runner)
     try:
         _assert_answers(store)

@@ -330,6 +330,12 @@ def claim(table: Table, session_id: str) -> None:
     table.store.claim(session_id, ttl=LONG)
 
 
+def claim_a_moment_ago(table: Table, session_id: str) -> None:
+    """Renewed within the same millisecond, it would expire at the same time."""
+    claim(table, session_id)
+    time.sleep(0.002)
+
+
 def claim_by_another(table: Table, session_id: str) -> None:
     """By a worker whose fence the store does not know."""
     claim(table, session_id)
@@ -441,7 +447,7 @@ WRITES: dict[str, Write] = {
         end_long_ago,
     ),
     "add_output, held": Write(lambda store, own: store.add_output(own, "more"), claim),
-    "renew": Write(lambda store, _: renew(store), claim),
+    "renew": Write(lambda store, _: renew(store), claim_a_moment_ago),
     "release": Write(lambda store, own: store.update_status(own, "active"), claim),
     "end, held": Write(lambda store, own: store.update_status(own, "error"), claim),
     "delete_session, held": Write(lambda store, own: store.delete_session(own), claim),

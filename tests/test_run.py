@@ -387,6 +387,26 @@ def test_the_lease_is_renewed_while_the_command_is_quiet(runner: Runner) -> None
     assert process.returncode == 0
 
 
+def test_lost_entries_are_told_and_the_command_goes_on(runner: Runner) -> None:
+    """As after a failover to a server that lacked the newest two."""
+    code = "echo a; echo b; echo c; read go; echo d; read go; echo e"
+    process = runner.start("--", "sh", "-c", code, stdin=subprocess.PIPE)
+    session = until(lambda: (s := running(runner)).output_total == 3 and s)
+    key = f"{{{runner.namespace}}}:session:{session.id}"
+    runner.redis.ltrim(f"{key}:output", 0, 0)
+    runner.redis.hset(key, "output_total", 1)
+    assert process.stdin is not None
+    process.stdin.write(b"go\n")
+    process.stdin.flush()
+    until(lambda: runner.session().output_total == 2)
+    _, err = process.communicate(b"go\n", timeout=30)
+    told = "the server lost 2 entries of this session in a failover"
+    assert (process.returncode, f"{told}; the command goes on" in err.decode()) == (0, True)
+    ended = runner.session()
+    assert (ended.output_buffer, ended.error_buffer) == (("a", "d", "e"), (told,))
+    assert ended.status == "terminated"
+
+
 def test_a_deleted_session_stops_the_command(runner: Runner) -> None:
     process = runner.start("--", "sh", "-c", CHATTY)
     session = running(runner)

@@ -21,10 +21,9 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 from uuid import uuid4
 
-import redis
 from consistency import assert_consistent
 from faults import astray
-from rawkeys import RawKeys
+from rawkeys import RawKeys, plain_client
 from waiting import until
 
 from sessionstore import AgentSession, AsyncSessionStore, Batch, Lease, SessionStore
@@ -231,8 +230,8 @@ class Work:
 
     def _inconsistencies(self) -> int:
         """What the doctor finds, and whether the tests' own look at the keys agrees."""
-        kind = redis.RedisCluster if self._settings.get("cluster") else redis.Redis
-        client: Any = kind.from_url(self.url, decode_responses=True)
+        is_cluster = bool(self._settings.get("cluster"))
+        client = plain_client(self.url, cluster=is_cluster, decode_responses=True)
         with SessionStore.from_url(self.url, **self._settings) as store, client:
             problems = [one for one in store.check() if not one.warning]
             print(*problems, sep="\n")

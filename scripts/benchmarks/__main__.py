@@ -20,6 +20,7 @@ import on_cluster
 import operations
 import plot
 import redis
+import replicas
 import scale
 from measuring import cores_awake
 from on_cluster import PrivateCluster
@@ -53,6 +54,8 @@ def main() -> None:
         parts.append(_told(leases.measure(server, *((10, 50) if quick else (40, 200)))))
     with PrivateServer(program) as server, cores_awake():
         parts.append(_told(bounds.measure(server, *((5, 50) if quick else (40, 200)))))
+    with cores_awake():
+        parts.append(_told(replicas.measure(program, *((10, 50) if quick else (40, 200)))))
     with PrivateServer(program) as server:
         parts.append(_told(live.coalescing(server, *((3, 2000) if quick else (15, 10_000)))))
     with PrivateServer(program) as server:

@@ -14,6 +14,7 @@ INDEXES = "test_contract_indexes.py"
 ORIGINAL = "test_contract_original.py"
 LEASES = "test_contract_leases.py"
 REAP = "test_contract_reap.py"
+LOST = "test_contract_writes_lost.py"
 LISTING = "test_contract_listing.py"
 ITERATION = "test_iteration.py"
 METADATA = "test_contract_metadata.py"
@@ -95,13 +96,33 @@ FENCE_AND_LEASE = [
     ),
     _damage(
         "include/fence", "a stale fence passes while another worker holds the session",
-        "if owner and given == fence then", "if owner then",
+        "if not owner or own ~= fence then", "if not owner then",
         MODEL, LEASES,
     ),
     _damage(
         "include/fence", "a stale fence passes after its lease was ended",
-        "if owner and given == fence then", "if given == fence then",
+        "if not owner or own ~= fence then", "if own ~= fence then",
         MODEL, LEASES,
+    ),
+    _damage(
+        "include/fence", "lost entries are not noticed",
+        "if lost == 0 then", "if true then",
+        LOST,
+    ),
+    _damage(
+        "include/fence", "what the server has lost of the errors is not counted",
+        " + missing(errors_known, error_total)", "",
+        LOST,
+    ),
+    _damage(
+        "include/fence", "what the server has lost of the output is not counted",
+        "local lost = missing(output_known, output_total) + missing", "local lost = missing",
+        LOST,
+    ),
+    _damage(
+        "include/fence", "more entries than the worker knows count as lost",
+        "math.max(tonumber(known) - total, 0)", "math.abs(tonumber(known) - total)",
+        LEASES, LOST,
     ),
     _damage(
         "include/fence", "whoever has no lease writes to a held session",

@@ -97,8 +97,9 @@ def command(row: Row, figures: Path) -> list[str]:
         if f'"{row.name}"' in path.read_text("utf-8")
     ]
     options = ["--attack", row.name, "--in-full", "--figures", str(figures)]
-    parallel = ["-n", str(row.jobs)] if row.jobs > 1 else []
-    return [sys.executable, "-m", "pytest", "-q", *files, *options, *parallel]
+    options += ["-n", str(row.jobs)] if row.jobs > 1 else []
+    options += ["--every-server"] if row.every_server else []
+    return [sys.executable, "-m", "pytest", "-q", *files, *options]
 
 
 def judged(row: Row, told: tuple[list[dict[str, Any]], float]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ class Row:
         control: what the same attack must harm; empty where the attack is a control itself.
         jobs: how many tests at the same time. Those that measure time run alone.
         fewest: how often each outcome must have come up that the tests name.
+        every_server: each test on every server; otherwise they take turns.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Row:
     control: str
     jobs: int = 2
     fewest: int = 0
+    every_server: bool = False
 
 
 ROWS = (
@@ -60,6 +62,13 @@ ROWS = (
     Row("slots move", 40, "slots of a cluster moved key by key under workers", "no guard"),
     Row("cluster failover", 10, "primaries of a cluster killed under workers",
         "no replica", jobs=1),
+    Row("sentinel failovers", 40,
+        "primaries killed, stopped, stopped for a while, or swapped under workers and followers",
+        "sentinels asked every 3 s", jobs=1, every_server=True),
+    Row("replicas waited for", 30, "failovers that lose nothing a replica has acknowledged",
+        "not waited for", jobs=1, every_server=True),
+    Row("lost writes", 30, "failovers that lose acknowledged entries, told to who holds the lease",
+        "the count not sent", jobs=1, every_server=True),
     Row("clocks", 1000, "grabs by workers whose clocks are 60 s off", "the worker's clock"),
     Row("rolling deploy", 20_000, "operations of two minor versions side by side",
         "a version that refuses what it does not know"),

@@ -102,6 +102,6 @@ def _digest_of_password() -> str:
 def _database(url: str | None) -> int:
     """The number of the database that a URL names: 0 if none."""
     parts = urlsplit(url or "")
-    path = "" if parts.scheme == "unix" else parts.path.strip("/")
+    path = parts.path.strip("/") if parts.scheme in ("redis", "rediss") else ""
     number = parse_qs(parts.query).get("db", [path])[0]
     return int(number) if number.isdecimal() else 0

@@ -30,9 +30,11 @@ from redis.exceptions import (
     TimeoutError,
 )
 
+from sessionstore import sentinels
 from sessionstore._server import ServerNotFoundError
 from sessionstore.cli import terminal
 from sessionstore.errors import (
+    DurabilityError,
     InvalidArgumentError,
     OutcomeUnknownError,
     SessionNotFoundError,
@@ -140,6 +142,13 @@ def naming_the_server(url: str, timeout: float) -> Generator[None, None, None]:
             UNREACHABLE,
             f"authentication failed at {address(url)}: {without_password(str(error), url)}",
         ) from error
+    except DurabilityError as error:
+        have = "an unknown number" if error.acknowledged is None else error.acknowledged
+        raise CommandError(
+            FAILURE,
+            f"the change was made at {address(url)}, but {have} of {error.wanted} replicas "
+            "have acknowledged it",
+        ) from error
     except OutcomeUnknownError as error:
         raise CommandError(
             UNREACHABLE,
@@ -158,12 +167,14 @@ def naming_the_server(url: str, timeout: float) -> Generator[None, None, None]:
 
 
 def address(url: str) -> str:
-    """Where the server is: ``host:port``, or the path of its socket."""
+    """Where the server is: ``host:port``, the path of its socket, or who is asked for it."""
+    if sentinels.is_sentinel_url(url):
+        named = sentinels.parsed(url)
+        return f"{named.service} of {', '.join(named.addresses)}"
     parts = urlsplit(url)
     if parts.scheme == "unix":
         return unquote(parts.path)
-    host = unquote(parts.hostname or "localhost")
-    return f"[{host}]:{parts.port or 6379}" if ":" in host else f"{host}:{parts.port or 6379}"
+    return sentinels.joined(unquote(parts.hostname or "localhost"), parts.port or 6379)
 
 
 def _reason(error: BaseException) -> str:
@@ -179,7 +190,9 @@ def _reason(error: BaseException) -> str:
 def without_password(message: str, url: str) -> str:
     """A message without the password that a URL holds."""
     parts = urlsplit(url)
-    for password in (parts.password, *parse_qs(parts.query).get("password", ())):
+    named = parse_qs(parts.query)
+    in_query = (*named.get("password", ()), *named.get("sentinel_password", ()))
+    for password in (parts.password, *in_query):
         if password:
             message = message.replace(password, "***").replace(unquote(password), "***")
     return message

@@ -17,6 +17,7 @@ from sessionstore import InvalidArgumentError, SessionStore
 from sessionstore.cli import failures
 from sessionstore.cli.failures import CommandError
 from sessionstore.connecting import URL_VARIABLE
+from sessionstore.sentinels import URL_FORMS
 from sessionstore.settings import SettingsArguments
 
 DEADLINE = 5.0  # seconds: a person waits
@@ -31,7 +32,8 @@ Url = Annotated[
     typer.Option(
         "--url",
         metavar="URL",
-        help=f"The server: redis://, rediss:// or unix://. Default: ${URL_VARIABLE}.",
+        help="The server: redis://, rediss:// or unix://, or redis+sentinel://HOST,HOST/SERVICE. "
+        f"Default: ${URL_VARIABLE}.",
         rich_help_panel=_STORE_PANEL,
     ),
 ]
@@ -174,7 +176,7 @@ def _invalid_url() -> CommandError:
     return CommandError(
         failures.USAGE,
         "the URL is not valid: expected redis://[USER:PASSWORD@]HOST[:PORT][/DB], rediss://… "
-        "or unix:///PATH, with special characters of the password percent-encoded",
+        f"or unix:///PATH, or {URL_FORMS}, with special characters of the password percent-encoded",
     )
 
 

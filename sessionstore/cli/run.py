@@ -36,6 +36,7 @@ from sessionstore import (
     SessionStore,
     SessionStoreError,
     Writer,
+    WritesLostError,
 )
 from sessionstore import arguments as check
 from sessionstore.arguments import MAX_METADATA_BYTES, MAX_METADATA_NAMES
@@ -314,6 +315,9 @@ class _Recorder:
             return
         try:
             operation(*arguments)
+        except WritesLostError as error:  # told once; what this write has was not taken
+            self._tell_of_lost_writes(error)
+            self.write(operation, *arguments)
         except LOST as error:
             if not self._closed:
                 self.loss.find(error)
@@ -321,6 +325,12 @@ class _Recorder:
             self._give_up(_too_long(error))
         except Exception as error:
             self._give_up(f"the store refuses ({error})")
+
+    def _tell_of_lost_writes(self, error: WritesLostError) -> None:
+        entries = "entry" if error.lost == 1 else "entries"
+        message = f"the server lost {error.lost:,} {entries} of this session in a failover"
+        _say(f"{message}; the command goes on")
+        self.call(self.store.add_error, self.session_id, message)
 
     def close_writer(self, writer: Writer) -> None:
         """Have everything stored."""
@@ -378,6 +388,9 @@ class _Recorder:
                 else:
                     self.store.repeat(unknown)
                 return None
+            except WritesLostError as error:
+                unknown = None
+                self._tell_of_lost_writes(error)
             except LOST as error:
                 if not self._closed:
                     self.loss.find(error)

@@ -4,6 +4,6 @@
 -- ARGV    1 sequence  2 session id  3 most entries kept, 0 = no bound
 --         4 most bytes kept, 0 = no bound  5 fence  6… the chunks
 -- Returns ok <entries ever added>
--- Errors  SESSION_NOT_FOUND  LEASE_LOST  SESSION_BUSY
+-- Errors  SESSION_NOT_FOUND  LEASE_LOST  WRITES_LOST  SESSION_BUSY
 --- @include once, clock, status, lease, fence, wake, append
 return append('output')

@@ -4,7 +4,7 @@
 --         9 types  10 events
 -- ARGV    1 sequence  2 session id  3 prefix of all keys  4 fence  5 actor
 -- Returns ok 1, or ok 0 if there was no such session
--- Errors  LEASE_LOST  SESSION_BUSY
+-- Errors  LEASE_LOST  WRITES_LOST  SESSION_BUSY
 -- Event   deleted
 --- @include once, clock, types, lease, fence, wake, event, removal
 local session, sessions, activity, ended = KEYS[2], KEYS[5], KEYS[6], KEYS[7]
@@ -17,7 +17,7 @@ if redis.call('EXISTS', session) == 0 then
 end
 local removal = removal_of(prefix, id)
 local refused = fenced_off(given, id, removal.status or nil,
-  unpack(redis.call('HMGET', session, unpack(LEASE_FIELDS)), 1, 3))
+  unpack(redis.call('HMGET', session, unpack(FENCE_FIELDS)), 1, 5))
 if refused then
   return refused
 end

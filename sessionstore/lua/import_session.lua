@@ -14,7 +14,7 @@
 --         16 how many hash fields and values follow  17 how many entries of output follow them
 --         18… hash fields and values, then further entries of output, then of errors
 -- Returns ok
--- Errors  SESSION_EXISTS  LEASE_LOST  SESSION_BUSY  IMPORT_CONFLICT
+-- Errors  SESSION_EXISTS  LEASE_LOST  WRITES_LOST  SESSION_BUSY  IMPORT_CONFLICT
 -- Event   deleted imported
 --- @include once, clock, types, status, lease, fence, wake, event, removal
 local session, output, errors, staged_output, staged_errors = unpack(KEYS, 2, 6)

@@ -5,7 +5,7 @@
 -- ARGV    1 sequence  2 session id  3 prefix of all keys  4 fence  5 actor  6 new status
 --         7… the statuses it may have now; none = any
 -- Returns ok
--- Errors  SESSION_NOT_FOUND  LEASE_LOST  SESSION_BUSY  SESSION_STATUS
+-- Errors  SESSION_NOT_FOUND  LEASE_LOST  WRITES_LOST  SESSION_BUSY  SESSION_STATUS
 -- Event   status_changed released
 --- @include once, clock, types, status, wake, move, lease, fence, event
 local session, activity, ended, leases, events = KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
@@ -13,12 +13,12 @@ local new_index = KEYS[7]
 local id, prefix, given, actor, new = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local FIRST_EXPECTED = 7
 
-local old, type, owner, fence, expires_at =
-  unpack(redis.call('HMGET', session, 'status', 'type', unpack(LEASE_FIELDS)), 1, 5)
+local stored = redis.call('HMGET', session, 'status', 'type', unpack(FENCE_FIELDS))
+local old, type, owner = unpack(stored, 1, 3)
 if not old then
   return refuse('SESSION_NOT_FOUND', {session_id = id})
 end
-local refused = fenced_off(given, id, old, owner, fence, expires_at)
+local refused = fenced_off(given, id, old, unpack(stored, 3, 7))
 if refused then
   return refused
 end

@@ -26,12 +26,12 @@ end
 local function append(buffer)
   local total_field, bytes_field = buffer .. '_total', buffer .. '_bytes'
   local stored = redis.call('HMGET', session, 'status', total_field, bytes_field,
-    unpack(LEASE_FIELDS))
+    unpack(FENCE_FIELDS))
   local status, owner = stored[1], stored[4]
   if not status then
     return refuse('SESSION_NOT_FOUND', {session_id = id})
   end
-  local refused = (owner or given ~= '') and fenced_off(given, id, status, unpack(stored, 4, 6))
+  local refused = (owner or given ~= '') and fenced_off(given, id, status, unpack(stored, 4, 8))
   if refused then
     return refused
   end
