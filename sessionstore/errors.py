@@ -43,6 +43,7 @@ from redis.exceptions import (
     ClusterDownError,
     ConnectionError,
     MaxConnectionsError,
+    NoPermissionError,
     OutOfMemoryError,
     ReadOnlyError,
     RedisError,
@@ -308,12 +309,18 @@ _TOLD = re.compile(
     r"(?:Error running script .*-(OOM|READONLY|NOREPLICAS)|(NOREPLICAS)) (.*)", re.DOTALL
 )
 _CLASSES = {"OOM": OutOfMemoryError, "READONLY": ReadOnlyError, "NOREPLICAS": NoReplicasError}
+# What a script may not do has no code of its own: so say Redis 6.2 and 7.0, and all later ones.
+_DENIED = re.compile(r"(The user executing the script can't |ACL failure in script: ).*", re.DOTALL)
 
 
 def of_any_server(error: Exception) -> Exception:
-    """The error as every server version since 7.0 tells it, of a class of its own."""
-    told = _TOLD.match(str(error)) if type(error) is ResponseError else None
-    return error if told is None else _CLASSES[told[1] or told[2]](told[3])
+    """The error as if every server version told it with its code, of a class of its own."""
+    if type(error) is not ResponseError:
+        return error
+    told, denied = _TOLD.match(str(error)), _DENIED.search(str(error))
+    if told is not None:
+        return _CLASSES[told[1] or told[2]](told[3])
+    return error if denied is None else NoPermissionError(denied[0])
 
 
 def own_copy(error: Exception) -> Exception:

@@ -269,7 +269,8 @@ class _Store(SessionOperations):
                 "cluster", "must be true: this server is a node of a Redis Cluster"
             ) from meta
         if not isinstance(meta, Exception):
-            opening.check_layout(meta, self.settings)
+            if meta:
+                opening.check_layout(meta, self.settings)
         elif not (self._on_cluster and self._has_been_checked and is_transient(meta)):
             raise meta  # else the one node that has it is away, and others need not wait for it
         for reply in waited:
@@ -278,7 +279,9 @@ class _Store(SessionOperations):
         if warning and warning != self._warned_of:  # once, however often connections fail
             logger.warning(warning)
         self._warned_of = warning
-        self._checked = self._has_been_checked = True
+        # Who may only read and comes before all workers sees no layout yet, and looks again.
+        self._checked = bool(meta)
+        self._has_been_checked |= self._checked
 
 
 def _failure(call: Call[None], reply: Any) -> Exception | None:
@@ -680,7 +683,8 @@ class AsyncSessionStore(_Store, AsyncExecutor):
         self._in_bytes = _LEFT_IN_BYTES if connecting.decodes(self._client) else {}
         self._on_cluster = isinstance(self._client, TaskCluster)
         self._refuse_replicas_on_cluster()
-        self._being_opened: asyncio.Future[Exception | None] | None = None
+        #: Whether it was opened, or why not, for those who wait.
+        self._being_opened: asyncio.Future[Exception | bool] | None = None
         self._news = TaskNews(self._client, self._publish, self.keyspace.news)
         self._coalescing = (
             Coalescer(
@@ -974,22 +978,23 @@ class AsyncSessionStore(_Store, AsyncExecutor):
 
         If the task that does so is cancelled, another one does.
         """
-        while not self._checked:
-            if self._being_opened is not None:
-                failure = await asyncio.shield(self._being_opened)  # cancelled, it leaves it alone
-                if failure is not None:
-                    raise own_copy(failure)
-                continue
-            self._being_opened = being_opened = asyncio.get_running_loop().create_future()
-            failure = None
-            try:
-                await self._open()
-            except Exception as error:
-                failure = error
-                raise
-            finally:
-                self._being_opened = None
-                being_opened.set_result(failure)
+        while self._being_opened is not None:
+            told = await asyncio.shield(self._being_opened)  # cancelled, it leaves it alone
+            if isinstance(told, Exception):
+                raise own_copy(told)
+            if told:
+                return
+        self._being_opened = being_opened = asyncio.get_running_loop().create_future()
+        outcome: Exception | bool = False
+        try:
+            await self._open()
+            outcome = True
+        except Exception as error:
+            outcome = error
+            raise
+        finally:
+            self._being_opened = None
+            being_opened.set_result(outcome)
 
     async def _open(self) -> None:
         self._refuse_if_closed()

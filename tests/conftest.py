@@ -5,7 +5,8 @@ namespace of its own and its keys are deleted afterwards; nothing ever flushes a
 
 Contract tests are written once, against blocking calls, and run over {sync, async} × all targets,
 and with 16 partitions on real servers: ``Awaiting`` shows an ``AsyncSessionStore`` as if it were
-blocking.
+blocking. On real servers their stores are users with the rights of a worker and no more
+(``sessionstore/acl.py``), or of an operator where a test is marked so.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import re
 import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from hashlib import sha256
 from typing import Any, Self, TypeVar
 from uuid import uuid4
 from zlib import crc32
@@ -33,9 +37,17 @@ from rawkeys import RawKeys, plain_client
 from sentinels import PrivateSentinels
 
 import sessionstore.news
-from sessionstore import AsyncLease, AsyncSessionStore, AsyncWriter, SessionStore
+from sessionstore import (
+    AsyncLease,
+    AsyncSessionStore,
+    AsyncWriter,
+    InvalidArgumentError,
+    SessionStore,
+    acl,
+)
 from sessionstore._server import PrivateServer, ServerNotFoundError, ServerProgram, find_program
 from sessionstore.lease import AsyncClaim
+from sessionstore.settings import StoreSettings
 
 T = TypeVar("T")
 
@@ -72,7 +84,9 @@ WORLDS = [
 #: For a contract test that is about one server.
 on_one_server = pytest.mark.parametrize("world", ON_ONE_SERVER, indirect=True)
 EVERY_SERVER = "--every-server"
-SERVER_FIXTURES = ("server", "own_server", "cluster_program", "sentinel_program", "pair")
+SERVER_FIXTURES = (
+    *("server", "own_server", "cluster_program", "sentinel_program", "pair", "place"),
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -279,11 +293,55 @@ async def _awaited(claim: AsyncClaim) -> AsyncLease:
     return await claim
 
 
-class World(RawKeys):
-    """One target in one style: stores of a fresh namespace, and a plain client beside them."""
+PASSWORD = "secret"
 
-    def __init__(self, style: str, target: str, url: str | None, partitions: int = 1) -> None:
+
+@cache
+def acl_server(url: str) -> acl.Server:
+    """What the server of a URL knows of ACLs."""
+    with redis.Redis.from_url(url) as client:
+        info: Any = client.info("server")
+    name = "valkey" if "valkey_version" in info else "redis"
+    return acl.Server.named(f"{name}-{info[f'{name}_version']}")
+
+
+def acl_words(
+    user: str, role: acl.Role, url: str, settings: StoreSettings, lacking: str = ""
+) -> list[str]:
+    """ACL SETUSER and its arguments, for a user with a password and a role's rule.
+
+    ``lacking``: a command that is left out of it.
+    """
+    words = acl.rule(role, settings, acl_server(url))
+    line = acl.setuser(user, words, sha256(PASSWORD.encode()).hexdigest())
+    if lacking:
+        line = re.sub(rf" \+{re.escape(lacking)}(?![a-z|])", "", line)
+    command, subcommand, *rest = line.split(" ")
+    return [f"{command} {subcommand}", *rest]
+
+
+def url_for(url: str, user: str) -> str:
+    """A URL with a user of ``acl_words`` in it."""
+    return url.replace("redis://", f"redis://{user}:{PASSWORD}@")
+
+
+class World(RawKeys):
+    """One target in one style: stores of a fresh namespace, and a plain client beside them.
+
+    ``role``: on a real server the stores may do what this role needs; None: everything.
+    """
+
+    def __init__(
+        self,
+        style: str,
+        target: str,
+        url: str | None,
+        partitions: int = 1,
+        role: acl.Role | None = None,
+    ) -> None:
         self.style, self.target, self.url = style, target, url
+        self.role = role
+        self._users: dict[tuple[str, int], str] = {}
         self._fake = fakeredis.FakeServer() if url is None else None
         self.runner = asyncio.Runner() if style == "async" else None
         self._opened: list[Any] = []
@@ -298,19 +356,29 @@ class World(RawKeys):
         self._opened.append(client)
         return client
 
-    def store(self, *, redact: Callable[[str], str] | None = None, **settings: Any) -> Any:
-        """A store of this style, its methods blocking in either case."""
+    def store(
+        self,
+        *,
+        redact: Callable[[str], str] | None = None,
+        url: str | None = None,
+        **settings: Any,
+    ) -> Any:
+        """A store of this style, its methods blocking in either case.
+
+        ``url``: instead of ``url_of(**settings)``.
+        """
         settings = {"namespace": self.namespace, "partitions": self.partitions} | settings
         settings |= {"cluster": True} if self.target == CLUSTER else {}
+        url = url or self.url_of(**settings)
         if self.style == "sync":
-            if self.url is not None:
-                store: Any = SessionStore.from_url(self.url, redact=redact, **settings)
+            if url is not None:
+                store: Any = SessionStore.from_url(url, redact=redact, **settings)
             else:
                 store = SessionStore(self.client(), redact=redact, **settings)
         else:
             assert self.runner is not None
-            if self.url is not None:
-                opened = AsyncSessionStore.from_url(self.url, redact=redact, **settings)
+            if url is not None:
+                opened = AsyncSessionStore.from_url(url, redact=redact, **settings)
             else:
                 client = fakeredis.aioredis.FakeRedis(server=self._fake)
                 opened = AsyncSessionStore(client, redact=redact, **settings)
@@ -319,6 +387,37 @@ class World(RawKeys):
             store = Awaiting(opened, self.runner)
         self._opened.append(store)
         return store
+
+    def url_of(self, **settings: Any) -> str | None:
+        """The URL for a store with these settings: its user may do what the world's role needs."""
+        if self.url is None or self.role is None:
+            return self.url
+        try:
+            loaded = StoreSettings.load(**settings)
+        except InvalidArgumentError:  # the store will say so
+            return self.url
+        known = loaded.namespace, loaded.partitions
+        if known not in self._users:
+            self._users[known] = user = f"{self.namespace}-{self.role}-{len(self._users)}"
+            self._acl(*acl_words(user, self.role, self.url, loaded))
+        return url_for(self.url, self._users[known])
+
+    def _acl(self, *words: str) -> list[Any]:
+        """What each node answers."""
+        if self.target == CLUSTER:
+            nodes = redis.RedisCluster.ALL_NODES
+            answers: Any = self.redis.execute_command(*words, target_nodes=nodes)
+            return list(answers.values()) if isinstance(answers, dict) else [answers]
+        return [self.redis.execute_command(*words)]
+
+    def forget_denied(self) -> None:
+        """What was denied so far, on purpose."""
+        self._acl("ACL LOG", "RESET")
+
+    def _denied(self) -> list[dict[str, Any]]:
+        """What the stores were denied, in scripts that go on without it too."""
+        entries = [entry for log in self._acl("ACL LOG") for entry in log]
+        return [one for one in entries if one["username"] in self._users.values()]
 
     def sleep(self, seconds: float) -> None:
         """Let time pass, and what works in the background work."""
@@ -338,18 +437,25 @@ class World(RawKeys):
     def close(self) -> None:
         if self.url is not None:
             self.remove()
+        denied: list[dict[str, Any]] = []
         for opened in reversed(self._opened):
+            if opened is self.redis and self._users:
+                denied = self._denied()
+                self._acl("ACL DELUSER", *self._users.values())
             getattr(opened, "aclose", opened.close)()
         if self.runner is not None:
             self.runner.close()
+        assert not denied, "more is needed than the rule of this role allows"
 
 
 @contextmanager
-def opened(name: str, running: Callable[[str], PrivateServer]) -> Iterator[World]:
+def opened(
+    name: str, running: Callable[[str], PrivateServer], role: acl.Role | None = None
+) -> Iterator[World]:
     """A world by its name."""
     style, target, partitions = (*name.split("-"), "1")[:3]
     url = None if target == FAKEREDIS else running(target).url
-    world = World(style, target, url, int(partitions))
+    world = World(style, target, url, int(partitions), role)
     try:
         yield world
     finally:
@@ -361,7 +467,8 @@ def world(
     request: pytest.FixtureRequest, running: Callable[[str], PrivateServer]
 ) -> Iterator[World]:
     """{sync, async} × {fakeredis, each real server}, and 16 partitions."""
-    with opened(request.param, running) as world:
+    role: acl.Role = "operator" if request.node.get_closest_marker("operator") else "worker"
+    with opened(request.param, running, role) as world:
         yield world
 
 

@@ -26,6 +26,8 @@ from sessionstore._server import PrivateServer
 LONG = 3600.0  # seconds: no lease is renewed in the background
 HOSTILE = ("a:b", "}{:session:", "*[?]\\", "%41%%", "naïve ☃", "sessions:status:active", "'\" ;--")
 
+pytestmark = pytest.mark.operator
+
 
 @pytest.fixture(params=SERVERS)
 def ward(
@@ -35,7 +37,7 @@ def ward(
 
     (fakeredis's scans skip members when others are removed meanwhile, which Redis's do not.)
     """
-    with opened(f"sync-{request.param}", running) as world:
+    with opened(f"sync-{request.param}", running, "operator") as world:
         yield world
 
 
@@ -186,7 +188,7 @@ ADMITTED = [(name, SERVERS[number % len(SERVERS)]) for number, name in enumerate
 def hospital(
     request: pytest.FixtureRequest, running: Callable[[str], PrivateServer]
 ) -> Iterator[Hospital]:
-    with opened(f"sync-{request.param}", running) as world:
+    with opened(f"sync-{request.param}", running, "operator") as world:
         yield Hospital(world)
 
 

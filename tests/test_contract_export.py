@@ -42,6 +42,7 @@ from sessionstore import (
 from sessionstore._server import PrivateServer
 from sessionstore.testing import MemoryServer, async_memory_store, memory_store
 
+pytestmark = pytest.mark.operator
 LONG = 3600.0  # seconds: no lease is renewed in the background during a test
 HOSTILE = ["", "\x00\x1b[2J\u202e\u2028", "\ud7ff\U0001f600", '{"end": 1}\n', "\\ud800", "ä" * 5000]
 

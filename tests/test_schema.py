@@ -189,6 +189,7 @@ def test_what_is_said_of_another_layout(
     assert "\x1b" not in said
 
 
+@pytest.mark.operator
 def test_what_a_layout_has_besides_is_no_mismatch_and_stays(world: World) -> None:
     layout = {"schema": "1", "partitions": str(world.partitions), "by_day": "yes"}
     world.redis.hset(world.meta, mapping=layout)

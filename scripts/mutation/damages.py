@@ -856,7 +856,7 @@ READING = [
     ),
     _damage(
         "open_store", "a new namespace is not laid out",
-        "  redis.call('HSET', KEYS[1], unpack(ARGV))\n", "",
+        "redis.pcall('HSET', KEYS[1], unpack(ARGV))", "1",
         MODEL, INDEXES,
     ),
     _damage(

@@ -1,6 +1,6 @@
 """The command line as a whole: its options, its commands, and what becomes of errors.
 
-Typer reads the arguments; what the commands do is in ``look``, ``events``, ``reap``,
+Typer reads the arguments; what the commands do is in ``acl``, ``look``, ``events``, ``reap``,
 ``transfer``, ``run`` and ``demo``.
 """
 
@@ -18,6 +18,7 @@ import typer
 
 from sessionstore import SessionNotActiveError, __version__
 from sessionstore.cli import failures, look, terminal
+from sessionstore.cli.acl import acl
 from sessionstore.cli.doctor import doctor
 from sessionstore.cli.events import events
 from sessionstore.cli.failures import CommandError
@@ -267,6 +268,7 @@ app.command("reap")(reap)
 app.command("doctor")(doctor)
 app.command("export")(export_)
 app.command("import")(import_)
+app.command("acl")(acl)
 
 
 # ---- Trying it out ----------------------------------------------------------------------------

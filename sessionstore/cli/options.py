@@ -155,8 +155,7 @@ def opened_store(
 
 def named_url(context: typer.Context, url: str | None) -> str:
     """The server's URL, from the options or the environment."""
-    before: GlobalOptions = context.obj
-    url = url or before.url or os.environ.get(URL_VARIABLE)
+    url = url or named_url_if_any(context)
     if not url:
         raise CommandError(
             failures.USAGE,
@@ -164,6 +163,12 @@ def named_url(context: typer.Context, url: str | None) -> str:
             "for example redis://localhost:6379",
         )
     return url
+
+
+def named_url_if_any(context: typer.Context) -> str | None:
+    """The server's URL, from the options before the command or the environment."""
+    before: GlobalOptions = context.obj
+    return before.url or os.environ.get(URL_VARIABLE)
 
 
 def _invalid_url() -> CommandError:
