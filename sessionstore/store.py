@@ -375,6 +375,7 @@ class SessionStore(_Store, SyncExecutor):
             SessionNotFoundError: there is no such session.
             SessionBusyError: another worker holds it; names the holder and how long for.
             SessionNotActiveError: its status is not among ``expected``.
+            DurabilityError: it is held, and not renewed; ``repeat`` gives the lease.
         """
         claim = self._leases.claiming(session_id, ttl, wait, expected)
         lease: Lease = self.execute(claim) if isinstance(claim, Call) else self.carry(claim)
