@@ -268,11 +268,11 @@ class _Store(SessionOperations):
             raise InvalidArgumentError.of(
                 "cluster", "must be true: this server is a node of a Redis Cluster"
             ) from meta
-        if isinstance(meta, Exception):
-            if not (self._on_cluster and self._has_been_checked and is_transient(meta)):
-                raise meta  # else the one node that has it is away, and others need not wait for it
-        elif meta:
-            opening.check_layout(meta, self.settings)
+        if not isinstance(meta, Exception):
+            if meta:
+                opening.check_layout(meta, self.settings)
+        elif not (self._on_cluster and self._has_been_checked and is_transient(meta)):
+            raise meta  # else the one node that has it is away, and others need not wait for it
         for reply in waited:
             opening.check_wait(reply)
         warning = opening.check_server(info, self.settings)
@@ -280,7 +280,8 @@ class _Store(SessionOperations):
             logger.warning(warning)
         self._warned_of = warning
         # Who may only read and comes before all workers sees no layout yet, and looks again.
-        self._checked = self._has_been_checked = bool(meta)
+        self._checked = bool(meta)
+        self._has_been_checked |= self._checked
 
 
 def _failure(call: Call[None], reply: Any) -> Exception | None:
@@ -374,6 +375,7 @@ class SessionStore(_Store, SyncExecutor):
             SessionNotFoundError: there is no such session.
             SessionBusyError: another worker holds it; names the holder and how long for.
             SessionNotActiveError: its status is not among ``expected``.
+            DurabilityError: it is held, and not renewed; ``repeat`` gives the lease.
         """
         claim = self._leases.claiming(session_id, ttl, wait, expected)
         lease: Lease = self.execute(claim) if isinstance(claim, Call) else self.carry(claim)

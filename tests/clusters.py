@@ -27,6 +27,8 @@ class PrivateCluster:
         primaries: int = 3,
         replicas: int = 0,
         arguments: Sequence[str] = (),
+        started: Callable[[ServerProgram, Sequence[str]], PrivateServer] = PrivateServer,
+        met_at: Callable[[PrivateServer], int] = lambda node: node.port,
     ) -> None:
         options = (
             *("--cluster-enabled", "yes", "--cluster-node-timeout", str(NODE_TIMEOUT)),
@@ -37,12 +39,12 @@ class PrivateCluster:
         self._admins: list[Any] = []  # a plain client of each node
         try:
             for _ in range(primaries * (1 + replicas)):
-                node = self._stack.enter_context(PrivateServer(program, options))
+                node = self._stack.enter_context(started(program, options))
                 self.nodes.append(node)
                 client: Any = redis.Redis(port=node.port, decode_responses=True)
                 self._stack.callback(client.close)
                 self._admins.append(client)
-            self._form(primaries)
+            self._form(primaries, met_at)
         except BaseException:
             self.stop()
             raise
@@ -56,7 +58,7 @@ class PrivateCluster:
         """A plain client of one node."""
         return self._admins[self.nodes.index(node)]
 
-    def _form(self, primaries: int) -> None:
+    def _form(self, primaries: int, met_at: Callable[[PrivateServer], int]) -> None:
         clients = self._admins
         bounds = [SLOTS * number // primaries for number in range(primaries + 1)]
         for client, first, end in zip(clients, bounds, bounds[1:], strict=False):
@@ -64,7 +66,7 @@ class PrivateCluster:
         for number, client in enumerate(clients):
             client.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
         for node in self.nodes[1:]:
-            clients[0].execute_command("CLUSTER MEET", "127.0.0.1", node.port)
+            clients[0].execute_command("CLUSTER MEET", "127.0.0.1", met_at(node))
         for client in clients:
             until(lambda: len(client.cluster("NODES")) == len(clients))  # noqa: B023
         ids = [client.execute_command("CLUSTER MYID") for client in clients]

@@ -84,7 +84,9 @@ WORLDS = [
 #: For a contract test that is about one server.
 on_one_server = pytest.mark.parametrize("world", ON_ONE_SERVER, indirect=True)
 EVERY_SERVER = "--every-server"
-SERVER_FIXTURES = ("server", "own_server", "cluster_program", "sentinel_program", "pair", "place")
+SERVER_FIXTURES = (
+    *("server", "own_server", "cluster_program", "sentinel_program", "pair", "place"),
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

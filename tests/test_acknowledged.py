@@ -231,7 +231,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
 
 
 @pytest.mark.parametrize("cut_off", [hold_up, promote, have_it_refuse])
-@proves("replicas waited for", ordinary=1, full=20)
+@proves("replicas waited for", ordinary=1, full=5)
 def test_what_was_acknowledged_is_there_after_the_promotion(
     pair: Pair, cut_off: Callable[[Pair], None], attack: Attack
 ) -> None:

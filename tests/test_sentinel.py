@@ -498,9 +498,14 @@ def test_a_call_ends_in_time_when_all_are_stopped(pair: PrivateSentinels, style:
 # ---- Passwords and TLS --------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateSentinels]:
-    """A pair with passwords, other ones for the sentinels, and TLS between all."""
+@pytest.fixture(scope="module", params=[name for name in PROGRAMS if name == "redis"])
+def locked(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[PrivateSentinels]:
+    """A pair with passwords, other ones for the sentinels, and TLS between all.
+
+    Valkey's wheel is built without TLS.
+    """
     folder = tmp_path_factory.mktemp("certificates")
     for name in ("", "other-"):  # each signed by itself
         subprocess.run(
@@ -515,7 +520,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateSentinel
         )
     shutil.copy(folder / "ca.pem", folder / "cert.pem")
     locks = Locks(folder, "of-servers", "of-sentinels")
-    with PrivateSentinels(PROGRAMS["redis"], locks=locks) as started:
+    with PrivateSentinels(PROGRAMS[request.param], locks=locks) as started:
         yield started
 
 

@@ -15,7 +15,8 @@ from uuid import uuid4
 import commandline
 import pytest
 import redis
-from conftest import Awaiting, World
+from clusters import PrivateCluster
+from conftest import CLUSTER, PROGRAMS, STYLES, Awaiting, World
 from tls import Certificates, Front
 
 from sessionstore import (
@@ -282,6 +283,53 @@ def test_the_whole_programme_over_tls(front: Front, certificates: Certificates) 
         try:
             use(world)
         finally:
+            world.close()
+
+
+#: Between the two ports; not 10,000, for so far above the port for TLS is that of the bus.
+BESIDE = 9_500
+
+
+class _Node(PrivateServer):
+    """A node with a port for TLS beside the plain one, which the tests use."""
+
+    certificates: Certificates
+
+    def command(self, port: int) -> list[str]:
+        own = self.certificates
+        return [
+            *super().command(port),
+            *("--tls-port", str(port - BESIDE), "--tls-auth-clients", "no", "--tls-cluster", "yes"),
+            *("--tls-cert-file", str(own.good), "--tls-key-file", str(own.good)),
+            *("--tls-ca-cert-file", str(own.ca)),
+        ]
+
+
+def _tls_port(node: PrivateServer) -> int:
+    return node.port - BESIDE
+
+
+@pytest.mark.parametrize("program", [name for name in PROGRAMS if name == "redis"])
+@pytest.mark.parametrize("style", STYLES)
+def test_a_cluster_of_nodes_with_tls(
+    program: str, style: str, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The servers' own TLS, also between them; each node's certificate is verified."""
+    monkeypatch.setattr(_Node, "certificates", certificates, raising=False)
+    with PrivateCluster(PROGRAMS[program], started=_Node, met_at=_tls_port) as cluster:
+        port = _tls_port(cluster.nodes[0])
+        world = World(style, CLUSTER, cluster.url, partitions=16)
+        try:
+            world.url = f"rediss://127.0.0.1:{port}?ssl_ca_certs={certificates.ca}"
+            store = world.store()
+            for number in range(20):
+                store.create_session("claude", f"service-{number}", "/src")
+            assert store.get_metrics().total_sessions == 20
+            world.url = f"rediss://127.0.0.1:{port}?ssl_ca_certs={certificates.other_ca}"
+            with pytest.raises(redis.ConnectionError, match="CERTIFICATE_VERIFY_FAILED"):
+                world.store().get_metrics()
+        finally:
+            world.url = cluster.url
             world.close()
 
 
