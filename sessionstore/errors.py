@@ -153,11 +153,15 @@ class WritesLostError(SessionStoreError, code="WRITES_LOST"):
 
     @classmethod
     def message(cls, details: dict[str, Any]) -> str:
-        lost = details["lost"]
+        return cls.found(details["session_id"], details["lost"]) + "; nothing was changed"
+
+    @staticmethod
+    def found(session_id: str, lost: int) -> str:
+        """What has been found, whether by a write or by a renewal."""
         entries = f"{lost:,} {'entry' if lost == 1 else 'entries'}"
         return (
-            f"in a failover the server has lost {entries} of session {details['session_id']!r} "
-            "that had been acknowledged; nothing was changed"
+            f"in a failover the server has lost {entries} of session {session_id!r} that had been "
+            "acknowledged"
         )
 
 

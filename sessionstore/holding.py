@@ -17,7 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, TypeGuard, TypeVar, cast
+from typing import Any, TypeAlias, TypeGuard, TypeVar, cast
 from weakref import WeakSet
 
 from redis.exceptions import RedisError
@@ -25,6 +25,7 @@ from redis.exceptions import RedisError
 from sessionstore import arguments as check
 from sessionstore import aside, codec
 from sessionstore._call import Call, Request, Steps
+from sessionstore.acknowledged import Acknowledged, Added
 from sessionstore.errors import (
     DurabilityError,
     InvalidArgumentError,
@@ -62,7 +63,11 @@ class Holding:
     fence: str
     ttl: float
     taken_from: str  # the status it had before
-    known: dict[str, int] = field(default_factory=lambda: {"output": 0, "error": 0})
+    output: Acknowledged
+    error: Acknowledged
+    losses: int = 0  # how often a write was told that entries are lost
+    told_lost: int = 0  # how many entries those writes were told of
+    found_lost: int = 0  # what a renewal has found and no write was told of yet
     deadline: float = 0.0
     renew_at: float = 0.0
     lost: LeaseLostError | None = None
@@ -79,20 +84,28 @@ class Holding:
 
     @property
     def token(self) -> str:
-        """What its writes carry; ``lua/include/fence.lua`` reads it."""
-        return f"{self.fence}:{self.known['output']}:{self.known['error']}"
+        """What its writes and renewals carry; ``lua/include/known.lua`` reads it."""
+        return f"{self.fence}:{self.output.expected}:{self.error.expected}"
 
-    def knows(self, buffer: str, total: int) -> None:
-        """So many entries were ever added, as the answer to an append has told."""
-        self.known[buffer] = max(self.known[buffer], total)
+    def has_added(self, added: Added, total: int, losses: int) -> None:
+        """An append was acknowledged that was sent when there had been so many losses."""
+        buffer: Acknowledged = getattr(self, added.buffer)
+        # A total of before a loss may count what is lost, and was told of.
+        buffer.add(added.entries, total if losses == self.losses else 0)
 
-    def has_lost(self, token: str, error: WritesLostError) -> None:
-        """A write with this token was told that fewer are there: go on from what there is."""
-        _, *sent = map(int, token.split(":"))
-        there = (error.output_total, error.error_total)
-        for buffer, known, total in zip(self.known, sent, there, strict=True):
-            # Of what was acknowledged since that write was sent, the next one is told.
-            self.known[buffer] = total + max(self.known[buffer] - known, 0)
+    def has_lost(self, token: str, losses: int, error: WritesLostError) -> None:
+        """A write was told of lost entries that had this token when there had been so many losses.
+
+        Others may be told of the same loss: it counts once.
+        """
+        if losses != self.losses:
+            return
+        self.losses += 1
+        self.told_lost += error.lost
+        self.found_lost = 0
+        _, output, errors = map(int, token.split(":"))
+        self.output.start_again(max(output - error.output_total, 0), error.output_total)
+        self.error.start_again(max(errors - error.error_total, 0), error.error_total)
 
     def refuse_if_over(self) -> None:
         if self.lost is not None:
@@ -139,7 +152,7 @@ class Leases:
         decode: Callable[[Any], T],
         *,
         ends: bool = False,
-        added_to: Literal["output", "error"] | None = None,
+        added: Added | None = None,
     ) -> Callable[[Any], T]:
         """The decoder of a write that carries a fence.
 
@@ -148,7 +161,7 @@ class Leases:
             fence: what the write carries.
             decode: the write's own decoder.
             ends: the write ends the lease too.
-            added_to: the write appends to this buffer; its result is the buffer's total.
+            added: what the write appends; its result is the buffer's total.
         """
         holding = self._held.get(session_id)
         if holding is None or not fence.startswith(f"{holding.fence}:"):
@@ -156,6 +169,7 @@ class Leases:
         if ends:
             with self.lock:
                 holding.ending += 1
+        losses = holding.losses
 
         def told(reply: Any) -> T:
             try:
@@ -168,11 +182,11 @@ class Leases:
                     self._is_not_ending(holding)
                 if isinstance(error, WritesLostError):
                     with self.lock:
-                        holding.has_lost(fence, error)
+                        holding.has_lost(fence, losses, error)
                 raise
-            if added_to is not None:
+            if added is not None:
                 with self.lock:
-                    holding.knows(added_to, cast("int", result))
+                    holding.has_added(added, cast("int", result), losses)
             if ends:
                 self._has_ended(holding)
             return result
@@ -285,8 +299,9 @@ class Leases:
             began = time.monotonic()
 
             def decode(reply: Any) -> Any:
-                fence, _, taken_from = codec.done(reply).partition(" ")
-                holding = Holding(session_id, worker, fence, ttl, taken_from)
+                fence, output, error, taken_from = codec.done(reply).split(" ")
+                known = Acknowledged(int(output)), Acknowledged(int(error))
+                holding = Holding(session_id, worker, fence, ttl, taken_from, *known)
                 holding.renewed(began)
                 return self._keep(holding)
 
@@ -409,13 +424,16 @@ class Leases:
         """Renew leases on sessions of one partition, in one round trip."""
         began = time.monotonic()
         keys = self._store.keyspace.of_session(holdings[0].session_id)
+        losses = [holding.losses for holding in holdings]
 
         def decode(reply: Any) -> None:
-            for holding, answer in zip(holdings, json.loads(codec.done(reply)), strict=True):
-                if answer is True:
-                    holding.renewed(began)
-                else:
-                    self.lose(holding, _lost(answer))
+            answers = json.loads(codec.done(reply))
+            for holding, before, answer in zip(holdings, losses, answers, strict=True):
+                if isinstance(answer, dict):
+                    self.lose(holding, _lost(cast("dict[str, Any]", answer)))
+                    continue
+                holding.renewed(began)
+                self._find_lost(holding, answer, before)
 
         return Call(
             "renew",
@@ -423,11 +441,20 @@ class Leases:
             args=tuple(
                 value
                 for holding in holdings
-                for value in (holding.session_id, holding.fence, round(holding.ttl * 1000))
+                for value in (holding.session_id, holding.token, round(holding.ttl * 1000))
             ),
             decode=decode,
             lane=keys.lane,
         )
+
+    def _find_lost(self, holding: Holding, lost: int, losses: int) -> None:
+        """A renewal found so many entries lost, sent when there had been so many losses."""
+        with self.lock:
+            is_news = losses == holding.losses and lost > holding.found_lost
+            if is_news:
+                holding.found_lost = lost
+        if is_news:
+            logger.warning("%s", WritesLostError.found(holding.session_id, lost))
 
     def renewing_all(self, renewals: Sequence[Call[None]]) -> Steps[None]:
         """Send a round of renewals. What fails is due again soon.

@@ -96,6 +96,14 @@ class HeldLease:
         """True once this worker has given the session back."""
         return self._holding.released
 
+    @property
+    def writes_lost(self) -> int:
+        """How many entries, added under this lease and acknowledged, failovers took, as is known.
+
+        A renewal finds it, which logs a warning, or a write, which raises ``WritesLostError``.
+        """
+        return self._holding.told_lost + self._holding.found_lost
+
     def abandon(self) -> None:
         """Neither renew it nor give the session back: it is ``busy`` until the lease expires."""
         self._registry.abandon(self._holding)

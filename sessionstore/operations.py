@@ -17,6 +17,7 @@ from sessionstore import arguments as check
 from sessionstore import codec, following, reading
 from sessionstore._call import Call, Feed, Live, Request, Several, stepwise, then
 from sessionstore._operation import feed, operation
+from sessionstore.acknowledged import Added
 from sessionstore.doctor import Doctor, drift_of
 from sessionstore.errors import SessionNotFoundError
 from sessionstore.exporting import Export
@@ -673,8 +674,12 @@ class SessionOperations:
         if type(session_id) is not str:  # nothing that a cache could not look up
             session_id = check.text("session_id", session_id)
         keys, lane = _appended_to(self.keyspace, script, session_id)
+        texts = check.chunks(chunks, self.redact, self.settings.chunk_limit)
         fence = self._leases.fence_of(session_id)
-        buffer: Literal["output", "error"] = "output" if script == "add_output" else "error"
+        decode: Callable[[Any], int] = _total
+        if fence:
+            added = Added("output" if script == "add_output" else "error", len(texts))
+            decode = self._leases.guarded(session_id, fence, _total, added=added)
         return Call(
             script,
             keys,
@@ -683,9 +688,9 @@ class SessionOperations:
                 self.settings.buffer_limit,
                 self.settings.buffer_bytes,
                 fence,
-                *check.chunks(chunks, self.redact, self.settings.chunk_limit),
+                *texts,
             ),
-            self._leases.guarded(session_id, fence, _total, added_to=buffer) if fence else _total,
+            decode,
             lane,
         )
 

@@ -163,6 +163,71 @@ def test_a_writer_that_is_closed_tells(world: World, store: Any) -> None:
     assert store.get_session(session_id).output_buffer == ("b",)
 
 
+def test_an_append_that_refills_what_is_lost_hides_nothing(world: World, store: Any) -> None:
+    """It was on its way, carrying what was known before, when the server was lost."""
+    session_id = str(store.create_session("claude", "service", "/src").id)
+    store.add_output(session_id, "of", "before")
+    store.claim(session_id, ttl=60)
+    with batch_of(world, store) as batch:
+        late = batch.add_output(session_id, "d")
+        assert store.add_output(session_id, *"abc") == 5
+        roll_back(world, session_id, output=1)
+    assert late.result() == 5
+    with pytest.raises(WritesLostError) as told:
+        store.add_output(session_id, "e")
+    assert lost_of(told) == 1
+    assert store.add_output(session_id, "e") == 6
+
+
+@pytest.mark.parametrize("errors", [False, True])
+def test_a_renewal_finds_the_loss_and_the_next_write_is_told(
+    world: World, store: Any, caplog: pytest.LogCaptureFixture, errors: bool
+) -> None:
+    """Also if nothing is ever written again, the log has it."""
+    session_id = str(store.create_session("claude", "service", "/src").id)
+    lease = store.claim(session_id, ttl=60)
+    (store.add_error if errors else store.add_output)(session_id, "a", "b", "c")
+    assert lease.writes_lost == 0
+    roll_back(world, session_id, **{"errors" if errors else "output": 2})
+    for _ in range(3):
+        lease.renew()
+    found = f"the server has lost 2 entries of session {session_id!r} that had been acknowledged"
+    assert caplog.text.count(found) == 1
+    assert (lease.writes_lost, lease.lost) == (2, False)
+    with pytest.raises(WritesLostError) as told:
+        store.add_output(session_id, "d")
+    assert lost_of(told) == 2
+    store.add_output(session_id, "d")
+    lease.renew()
+    assert (lease.writes_lost, caplog.text.count("has lost")) == (2, 1)
+
+
+def test_a_renewal_in_the_background_finds_the_loss(
+    world: World, store: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    session_id = str(store.create_session("claude", "service", "/src").id)
+    lease = store.claim(session_id, ttl=0.3)
+    store.add_output(session_id, "a")
+    roll_back(world, session_id, output=1)
+    world.until(lambda: lease.writes_lost == 1)
+    assert "has lost 1 entry" in caplog.text
+
+
+def test_a_lease_counts_each_loss_once(world: World, store: Any) -> None:
+    session_id = str(store.create_session("claude", "service", "/src").id)
+    lease = store.claim(session_id, ttl=60)
+    store.add_output(session_id, *"abc")
+    roll_back(world, session_id, output=2)
+    with batch_of(world, store) as batch:
+        outcomes = [batch.add_output(session_id, one) for one in "de"]
+    assert [getattr(outcome.error, "lost", None) for outcome in outcomes] == [2, 2]
+    assert lease.writes_lost == 2
+    store.add_output(session_id, "f")
+    roll_back(world, session_id, output=1)
+    lease.renew()
+    assert lease.writes_lost == 3
+
+
 def test_what_the_server_trims_is_not_lost(world: World) -> None:
     store = world.store(buffer_limit=2)
     session_id = held(store)

@@ -106,22 +106,23 @@ FENCE_AND_LEASE = [
     ),
     _damage(
         "include/fence", "lost entries are not noticed",
-        "if lost == 0 then", "if true then",
+        "elseif lost == 0 then", "elseif true then",
         LOST,
     ),
     _damage(
-        "include/fence", "what the server has lost of the errors is not counted",
-        " + missing(errors_known, error_total)", "",
+        "include/known", "what the server has lost of the errors is not counted",
+        " + missing(errors, error_total)", "",
         LOST,
     ),
     _damage(
-        "include/fence", "what the server has lost of the output is not counted",
-        "local lost = missing(output_known, output_total) + missing", "local lost = missing",
+        "include/known", "what the server has lost of the output is not counted",
+        "missing(output, output_total) + missing", "missing",
         LOST,
     ),
     _damage(
-        "include/fence", "more entries than the worker knows count as lost",
-        "math.max(tonumber(known) - total, 0)", "math.abs(tonumber(known) - total)",
+        "include/known", "more entries than the worker knows count as lost",
+        "math.max(tonumber(expected) - (tonumber(total or 0) or 0), 0)",
+        "math.abs(tonumber(expected) - (tonumber(total or 0) or 0))",
         LEASES, LOST,
     ),
     _damage(
@@ -424,13 +425,23 @@ CLAIM = [
     ),
     _damage(
         "renew", "a lost lease is renewed",
-        "if owner and fence == given then", "if owner then",
+        "if owner and fence == own then", "if owner then",
         LEASES,
     ),
     _damage(
         "renew", "a released lease is renewed",
-        "if owner and fence == given then", "if fence == given then",
+        "if owner and fence == own then", "if fence == own then",
         LEASES,
+    ),
+    _damage(
+        "renew", "a renewal finds no loss",
+        "answers[#answers + 1] = lost", "answers[#answers + 1] = 0",
+        LOST,
+    ),
+    _damage(
+        "claim", "what was there at the claim is not told",
+        "integer(tonumber(output_total or 0) or 0)", "'0'",
+        LOST,
     ),
     _damage(
         "renew", "a renewal leaves the reaper's mark",

@@ -5,5 +5,5 @@
 --         4 most bytes kept, 0 = no bound  5 fence  6… the chunks
 -- Returns ok <entries ever added>
 -- Errors  SESSION_NOT_FOUND  LEASE_LOST  WRITES_LOST  SESSION_BUSY
---- @include once, clock, status, lease, fence, wake, append
+--- @include once, clock, status, lease, known, fence, wake, append
 return append('error')

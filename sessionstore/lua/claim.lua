@@ -4,7 +4,7 @@
 --         8 index set of the worker's sessions
 -- ARGV    1 sequence  2 session id  3 prefix of all keys  4 worker  5 how long the lease lasts, ms
 --         6… the statuses it may have now, unless a lease on it has expired
--- Returns ok <fence> <status it had>
+-- Returns ok <fence> <entries ever added to output> <and to errors> <status it had>
 -- Errors  SESSION_NOT_FOUND  SESSION_BUSY  SESSION_NOT_ACTIVE
 -- Event   lease_expired claimed
 --- @include once, clock, types, status, wake, move, lease, event
@@ -13,8 +13,9 @@ local busy_index, new_owner_index = KEYS[7], KEYS[8]
 local id, prefix, worker, ttl_ms = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
 local FIRST_EXPECTED = 6
 
-local old, type, owner, fence, expires_at =
-  unpack(redis.call('HMGET', session, 'status', 'type', unpack(LEASE_FIELDS)), 1, 5)
+local stored = redis.call('HMGET', session, 'status', 'type', 'output_total', 'error_total',
+  unpack(LEASE_FIELDS))
+local old, type, output_total, error_total, owner, fence, expires_at = unpack(stored, 1, 7)
 if not old then
   return refuse('SESSION_NOT_FOUND', {session_id = id})
 end
@@ -49,4 +50,5 @@ redis.call('HSET', session, 'status', 'busy', 'last_activity', now, 'owner', wor
 redis.call('ZADD', leases, integer(now_ms + ttl_ms), id)
 redis.call('SADD', new_owner_index, id)
 event(events, 'claimed', id, type, worker, 'old_status', old, 'status', 'busy', 'owner', worker)
-return done(new_fence .. ' ' .. old)
+return done(table.concat({new_fence, integer(tonumber(output_total or 0) or 0),
+  integer(tonumber(error_total or 0) or 0), old}, ' '))

@@ -6,7 +6,7 @@
 -- Returns ok 1, or ok 0 if there was no such session
 -- Errors  LEASE_LOST  WRITES_LOST  SESSION_BUSY
 -- Event   deleted
---- @include once, clock, types, lease, fence, wake, event, removal
+--- @include once, clock, types, lease, known, fence, wake, event, removal
 local session, sessions, activity, ended = KEYS[2], KEYS[5], KEYS[6], KEYS[7]
 local leases, types, events = KEYS[8], KEYS[9], KEYS[10]
 local id, prefix, given, actor = ARGV[2], ARGV[3], ARGV[4], ARGV[5]

@@ -16,7 +16,7 @@
 -- Returns ok
 -- Errors  SESSION_EXISTS  LEASE_LOST  WRITES_LOST  SESSION_BUSY  IMPORT_CONFLICT
 -- Event   deleted imported
---- @include once, clock, types, status, lease, fence, wake, event, removal
+--- @include once, clock, types, status, lease, known, fence, wake, event, removal
 local session, output, errors, staged_output, staged_errors = unpack(KEYS, 2, 6)
 local sessions, types, activity, ended, leases, events = unpack(KEYS, 7, 12)
 local FIRST_INDEX = 13

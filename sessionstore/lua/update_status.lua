@@ -7,7 +7,7 @@
 -- Returns ok
 -- Errors  SESSION_NOT_FOUND  LEASE_LOST  WRITES_LOST  SESSION_BUSY  SESSION_STATUS
 -- Event   status_changed released
---- @include once, clock, types, status, wake, move, lease, fence, event
+--- @include once, clock, types, status, wake, move, lease, known, fence, event
 local session, activity, ended, leases, events = KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local new_index = KEYS[7]
 local id, prefix, given, actor, new = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
