@@ -115,17 +115,6 @@ def _node_of(client: Any, key: Any) -> Any:
     return node
 
 
-def _aimed(client: Any, words: Words, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a command that is on its way to a node.
-
-    All keys of a script are in one slot. redis-py would look at each, twice, which makes an append
-    a fifth slower; told the node, it tries once only, so this is for clients that do so anyway.
-    """
-    if words[0] not in _SCRIPTS:
-        return options
-    return {"target_nodes": _node_of(client, words[3]), **options}
-
-
 def _by_node(routed: Sequence[_Routed]) -> list[list[int]]:
     """The numbers of the commands that go to each node."""
     by_node: dict[str, list[int]] = defaultdict(list)
@@ -164,6 +153,11 @@ def _merged(replies: Sequence[Any], counts: Sequence[int]) -> list[Any]:
 # ---- Blocking -----------------------------------------------------------------------------------
 
 
+def _learn_topology(client: Any) -> None:
+    with suppress(RedisClusterException):  # the next attempt tells, if it is as bad as that
+        client.nodes_manager.initialize()
+
+
 class ThreadPipeline(_Pipeline):
     """A pipeline of a ``ThreadCluster``: written to all nodes, then read from all."""
 
@@ -174,8 +168,7 @@ class ThreadPipeline(_Pipeline):
             routed, counts = self._routed()
             replies = self._send(routed)
             if any(map(_is_lost, replies)):
-                with suppress(RedisClusterException):
-                    self._client.nodes_manager.initialize()
+                _learn_topology(self._client)
             for number in filter(lambda n: _is_redirected(replies[n]), range(len(replies))):
                 _, words, options = routed[number]
                 try:
@@ -279,11 +272,25 @@ class ThreadCluster:
         return self._connected
 
     def execute_command(self, *words: Any, **options: Any) -> Any:
+        """Send one command to its node.
+
+        A script goes there by itself: redis-py would look at each of its keys, twice. What fails
+        then is not tried again, so this is not for clients that do that.
+        """
         with _usual_errors():
             client = self._client
-            if not self._retries:
-                options = _aimed(client, words, options)
-            return client.execute_command(*words, **options)
+            if self._retries or words[0] not in _SCRIPTS:
+                return client.execute_command(*words, **options)
+            node = _node_of(client, words[3])
+            with _Part(client.get_redis_connection(node), [(node, words, options)]) as part:
+                (reply,) = part.read()
+            if _is_lost(reply):
+                _learn_topology(client)
+            if _is_redirected(reply):
+                return client.execute_command(*words, **options)
+            if isinstance(reply, Exception):
+                raise reply
+            return reply
 
     def pipeline(self, *, transaction: bool) -> ThreadPipeline:
         assert not transaction
