@@ -354,7 +354,10 @@ def test_a_dead_server_never_looks_empty_and_surely_has_run_nothing(
     dead: Silence, which: str
 ) -> None:
     for name, outcome in dead.outcomes(getattr(dead, which)).items():
-        assert isinstance(outcome, redis.ConnectionError), f"{name}: {outcome!r}"
+        # On a busy machine an attempt to connect may time out before it is refused.
+        assert isinstance(outcome, (redis.ConnectionError, redis.TimeoutError)), (
+            f"{name}: {outcome!r}"
+        )
 
 
 @pytest.mark.parametrize(

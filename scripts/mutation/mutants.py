@@ -18,7 +18,7 @@ from damages import MODEL, Damage
 ROOT = Path(__file__).parents[2]
 LUA = Path("sessionstore") / "lua"
 #: One world of all is enough for a mistake in Lua: a blocking store, one partition, a real server.
-ONE_WORLD = "not async and not fakeredis and not 16"
+ONE_WORLD = "not async and not fakeredis and not 16 and not cluster and not sentinel"
 TIMEOUT = 180.0  # seconds for one file of tests
 PASSED, FAILED = 0, 1  # pytest's exit codes
 
