@@ -10,7 +10,9 @@ acknowledged since:
     the 2 are sent again: "13 in all"                     expected 15
     the next write says 15, the server has 13             2 are lost, and it is refused
 
-The greatest total that was told would not do: what comes late fills the gap up.
+The greatest total that was told would not do: what comes late fills the gap up. What is carried out
+and never acknowledged to this worker (its outcome is unknown, its task was cancelled) is not known
+to it, and may hide the loss of as many entries.
 """
 
 from __future__ import annotations

@@ -27,11 +27,15 @@ import redis
 import redis.asyncio
 from redis.exceptions import (
     AskError,
+    AuthenticationError,
+    AuthorizationError,
     ClusterDownError,
     ClusterError,
     ConnectionError,
+    MaxConnectionsError,
     RedisClusterException,
     RedisError,
+    SlotNotCoveredError,
     TimeoutError,
     TryAgainError,
 )
@@ -47,7 +51,9 @@ def _of_any_client(error: Exception) -> Exception:
         return error
     if isinstance(error, (ClusterError, AskError)):  # 16 times redirected, or asked to try again
         told: Exception = TryAgainError(f"the cluster moves slots: {error}")
-    elif isinstance(error, RedisClusterException):  # no node in reach, a slot that no node serves
+    elif isinstance(error, SlotNotCoveredError):
+        told = ClusterDownError(f"no node serves the slot: {error}")
+    elif isinstance(error, RedisClusterException):  # no node in reach
         told = ConnectionError(f"the cluster: {error}")
     else:
         return error
@@ -88,6 +94,8 @@ class _Pipeline:
         nodes = [self._node_of(words) for words, _ in self._noted]
         asked = {node.name: node for node in nodes if node is not None}
         primaries = {node.name: node for node in self._client.get_primaries()}
+        if not primaries:
+            raise RedisClusterException("no primary is known")
         routed: list[_Routed] = []
         counts: list[int] = []
         for (words, options), node in zip(self._noted, nodes, strict=True):
@@ -111,7 +119,7 @@ _SCRIPTS = ("EVALSHA", "EVAL")
 def _node_of(client: Any, key: Any) -> Any:
     node = client.get_node_from_key(key)
     if node is None:
-        raise RedisClusterException(f"no node serves the slot of {key!r}")
+        raise SlotNotCoveredError(f"of {key!r}")
     return node
 
 
@@ -125,6 +133,15 @@ def _by_node(routed: Sequence[_Routed]) -> list[list[int]]:
 
 def _is_lost(reply: Any) -> bool:
     return isinstance(reply, (ConnectionError, TimeoutError))
+
+
+_WELL_CONNECTED = (AuthenticationError, AuthorizationError, MaxConnectionsError)
+
+
+def _is_outdated(reply: Any) -> bool:
+    """Whether this failure may come of a topology that is not the cluster's any more."""
+    is_away = isinstance(reply, (ConnectionError, TimeoutError, ClusterDownError))
+    return is_away and not isinstance(reply, _WELL_CONNECTED)
 
 
 def _is_redirected(reply: Any) -> bool:
@@ -154,8 +171,17 @@ def _merged(replies: Sequence[Any], counts: Sequence[int]) -> list[Any]:
 
 
 def _learn_topology(client: Any) -> None:
-    with suppress(RedisClusterException):  # the next attempt tells, if it is as bad as that
+    with suppress(Exception):  # what failed before is told; this the next attempt will tell
         client.nodes_manager.initialize()
+
+
+@contextmanager
+def _closed_by_another_thread() -> Generator[None]:
+    """redis-py 6 and 7 close the connections of all threads when they learn the topology."""
+    try:
+        yield
+    except AttributeError as error:
+        raise ConnectionError("the connection was closed by another thread") from error
 
 
 class ThreadPipeline(_Pipeline):
@@ -165,9 +191,13 @@ class ThreadPipeline(_Pipeline):
         """The replies; errors are among them."""
         assert not raise_on_error
         with _usual_errors():
-            routed, counts = self._routed()
+            try:
+                routed, counts = self._routed()
+            except RedisClusterException:
+                _learn_topology(self._client)
+                raise
             replies = self._send(routed)
-            if any(map(_is_lost, replies)):
+            if any(map(_is_outdated, replies)):
                 _learn_topology(self._client)
             for number in filter(lambda n: _is_redirected(replies[n]), range(len(replies))):
                 _, words, options = routed[number]
@@ -216,9 +246,13 @@ class _Part:
         try:
             self._connection = self._client.connection_pool.get_connection()
             packed = self._connection.pack_commands([words for words, _ in self._sent])
-            self._connection.send_packed_command(packed)
+            with _closed_by_another_thread():
+                self._connection.send_packed_command(packed)
         except (ConnectionError, TimeoutError) as error:
             self._failure = error
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def read(self) -> list[Any]:
@@ -231,7 +265,8 @@ class _Part:
         if self._failure is not None:
             return own_copy(self._failure)
         try:
-            return self._client.parse_response(self._connection, command, **options)
+            with _closed_by_another_thread():
+                return self._client.parse_response(self._connection, command, **options)
         except (ConnectionError, TimeoutError) as error:
             self._failure = error
             return error
@@ -239,9 +274,12 @@ class _Part:
             return error
 
     def __exit__(self, *exc_info: object) -> None:
-        if self._connection is not None:
+        if self._connection is None:
+            return
+        try:
             if not self._is_read:  # what is still to come would be taken for others' replies
                 self._connection.disconnect()
+        finally:
             self._client.connection_pool.release(self._connection)
 
 
@@ -281,10 +319,14 @@ class ThreadCluster:
             client = self._client
             if self._retries or words[0] not in _SCRIPTS:
                 return client.execute_command(*words, **options)
-            node = _node_of(client, words[3])
+            try:
+                node = _node_of(client, words[3])
+            except RedisClusterException:
+                _learn_topology(client)
+                raise
             with _Part(client.get_redis_connection(node), [(node, words, options)]) as part:
                 (reply,) = part.read()
-            if _is_lost(reply):
+            if _is_outdated(reply):
                 _learn_topology(client)
             if _is_redirected(reply):
                 return client.execute_command(*words, **options)
@@ -311,6 +353,11 @@ class ThreadCluster:
 # ---- On an event loop ---------------------------------------------------------------------------
 
 
+async def _learn_topology_async(client: Any) -> None:
+    with suppress(Exception):  # as in ``_learn_topology``
+        await client.nodes_manager.initialize()
+
+
 @asynccontextmanager
 async def _closed_meanwhile() -> AsyncGenerator[None]:
     """Another task has closed the connection that this one was about to write to.
@@ -331,11 +378,14 @@ class TaskPipeline(_Pipeline):
         assert not raise_on_error
         with _usual_errors():
             await self._client.initialize()  # for the topology; nothing if it is known
-            routed, counts = self._routed()
+            try:
+                routed, counts = self._routed()
+            except RedisClusterException:
+                await _learn_topology_async(self._client)
+                raise
             replies = await self._send(routed)
-            if any(map(_is_lost, replies)):
-                with suppress(RedisClusterException):
-                    await self._client.nodes_manager.initialize()
+            if any(map(_is_outdated, replies)):
+                await _learn_topology_async(self._client)
             for number in filter(lambda n: _is_redirected(replies[n]), range(len(replies))):
                 _, words, options = routed[number]
                 try:
@@ -383,8 +433,12 @@ class TaskCluster:
 
     async def _translated(self, reply: Awaitable[Any]) -> Any:
         with _usual_errors():
-            async with _closed_meanwhile():
-                return await reply
+            try:
+                async with _closed_meanwhile():
+                    return await reply
+            except KeyError as error:  # redis-py's, of a slot that no node serves
+                await _learn_topology_async(self._client)
+                raise SlotNotCoveredError(str(error)) from error
 
     def pipeline(self, *, transaction: bool) -> TaskPipeline:
         assert not transaction

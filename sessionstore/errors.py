@@ -34,7 +34,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from redis.exceptions import (
     AuthenticationError,
@@ -154,6 +154,17 @@ class WritesLostError(SessionStoreError, code="WRITES_LOST"):
     @classmethod
     def message(cls, details: dict[str, Any]) -> str:
         return cls.found(details["session_id"], details["lost"]) + "; nothing was changed"
+
+    @classmethod
+    def together(
+        cls, before: WritesLostError | None, after: WritesLostError | None
+    ) -> WritesLostError | None:
+        """What two writes were told, one after the other."""
+        if before is None or after is None:
+            return before or after
+        return cast(
+            "WritesLostError", cls.from_details(vars(after) | {"lost": before.lost + after.lost})
+        )
 
     @staticmethod
     def found(session_id: str, lost: int) -> str:

@@ -47,6 +47,7 @@ SHORTEST_TTL, LONGEST_TTL = 0.1, 86_400.0  # seconds
 RENEWED_AFTER = 1 / 3  # of its time to live, so that two renewals may fail
 MOST_RENEWED = 500  # leases in one round trip
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds between two attempts to claim
+_MOST_TOLD = 20  # times that one write is told of lost entries
 _LONGEST_MESSAGE = 4096  # characters of an exception in the error buffer
 
 
@@ -98,12 +99,13 @@ class Holding:
 
         Others may be told of the same loss: it counts once.
         """
-        if losses != self.losses:
+        _, output, errors = map(int, token.split(":"))
+        is_old = output > self.output.expected or errors > self.error.expected
+        if losses != self.losses or is_old:
             return
         self.losses += 1
         self.told_lost += error.lost
         self.found_lost = 0
-        _, output, errors = map(int, token.split(":"))
         self.output.start_again(max(output - error.output_total, 0), error.output_total)
         self.error.start_again(max(errors - error.error_total, 0), error.error_total)
 
@@ -378,20 +380,27 @@ class Leases:
             self.forget(holding)
         if holding.lost is not None and holding.lost.owner and error is None:
             raise holding.lost  # somebody else is at work on it, and so were we
-        lost = told or lost
+        lost = WritesLostError.together(told, lost)
         if lost is not None and error is None:
             raise lost
         if lost is not None:
             logger.warning("%s", lost)
 
     def _told_of_loss(self, operation: str, *arguments: Any) -> Steps[WritesLostError | None]:
-        """Carry out a write, also if it is told of lost entries; that error, if it was."""
-        try:
-            yield self._request(operation, *arguments)
-        except WritesLostError as lost:
-            yield self._request(operation, *arguments)
-            return lost
-        return None
+        """Carry out a write, also if it is told of lost entries; that error, if it was.
+
+        It may be told again: of what was acknowledged while it was on its way.
+        """
+        lost = None
+        for _ in range(_MOST_TOLD):
+            try:
+                yield self._request(operation, *arguments)
+            except WritesLostError as error:
+                lost = WritesLostError.together(lost, error)
+            else:
+                return lost
+        assert lost is not None
+        raise lost
 
     def _telling(self, holding: Holding, error: BaseException) -> Steps[WritesLostError | None]:
         try:
@@ -450,9 +459,10 @@ class Leases:
     def _find_lost(self, holding: Holding, lost: int, losses: int) -> None:
         """A renewal found so many entries lost, sent when there had been so many losses."""
         with self.lock:
-            is_news = losses == holding.losses and lost > holding.found_lost
-            if is_news:
-                holding.found_lost = lost
+            if losses != holding.losses:
+                return
+            is_news = lost > holding.found_lost
+            holding.found_lost = lost
         if is_news:
             logger.warning("%s", WritesLostError.found(holding.session_id, lost))
 

@@ -274,7 +274,7 @@ class Backlog:
                     message = "%s: the store takes nothing now (%s), output waits for it"
                     logger.warning(message, self.session_id, error)
             except WritesLostError as error:
-                self.loss, unknown = error, None
+                self.loss, unknown = WritesLostError.together(self.loss, error), None
                 continue
             except InvalidArgumentError:
                 if unknown is None:

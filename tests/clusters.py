@@ -173,6 +173,43 @@ class PrivateCluster:
             with suppress(redis.RedisError):  # a replica, or a node that is away
                 client.cluster("SETSLOT", slot, "NODE", target_id)
 
+    def remove(self, node: PrivateServer) -> None:
+        """Move a node's slots to another, and forget it, as ``redis-cli --cluster del-node`` does.
+
+        It stays up, and serves no slot.
+        """
+        leaving, other = self.admin(node), self.next_to(node)
+        own_id = leaving.execute_command("CLUSTER MYID")
+        other_id = self.admin(other).execute_command("CLUSTER MYID")
+        leaving.config_set("cluster-allow-replica-migration", "no")  # stays a primary to the end
+        slots = self._slots_of(node)
+        for slot, keys in zip(slots, self._asked(leaving, "COUNTKEYSINSLOT", slots), strict=True):
+            if keys:
+                self.move(slot, other)
+        self.settle()
+        slots = self._slots_of(node)
+        for client in (self.admin(other), *self._admins):
+            self._asked(client, "SETSLOT", slots, "NODE", other_id)
+        for client in self._admins:
+            if client is not leaving:
+                client.execute_command("CLUSTER FORGET", own_id)
+        leaving.execute_command("CLUSTER RESET", "SOFT")
+
+    def _slots_of(self, node: PrivateServer) -> list[int]:
+        return [
+            slot
+            for first, last, (_, port, *_), *_ in self.admin(node).execute_command("CLUSTER SLOTS")
+            for slot in range(first, last + 1)
+            if port == node.port
+        ]
+
+    @staticmethod
+    def _asked(client: Any, command: str, slots: Sequence[int], *words: str) -> list[Any]:
+        with client.pipeline(transaction=False) as pipe:
+            for slot in slots:
+                pipe.execute_command(f"CLUSTER {command}", slot, *words)
+            return list(pipe.execute())
+
     def move_whole(self, slot: int, to: PrivateServer) -> None:
         """Move a slot by atomic slot migration, as Valkey 9 does it."""
         source, target = self.owner_of(slot), self.admin(to).execute_command("CLUSTER MYID")

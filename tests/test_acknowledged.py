@@ -132,3 +132,21 @@ def test_an_entry_of_unknown_outcome_takes_the_place_of_no_other() -> None:
     assert known.expected == AT_CLAIM + 1
     known.add(1, AT_CLAIM + 2)
     assert known.expected == AT_CLAIM + 2
+
+
+def refusal(lost: int, output_total: int) -> WritesLostError:
+    error = WritesLostError()
+    error.lost, error.output_total, error.error_total = lost, output_total, 0
+    return error
+
+
+def test_a_refusal_of_before_a_loss_is_no_second_loss() -> None:
+    """Its token was read before another thread was told, how many losses there were after."""
+    holding = Holding("agent_1", "worker", "1", 30.0, "active", Acknowledged(0), Acknowledged(0))
+    holding.has_added(Added("output", 5), 5, 0)
+    before = holding.token
+    holding.has_lost(before, 0, refusal(2, 3))
+    holding.has_lost(before, 1, refusal(2, 3))
+    assert (holding.told_lost, holding.output.expected) == (2, 3)
+    holding.has_added(Added("output", 1), 4, 1)
+    assert holding.output.expected == 4

@@ -5,6 +5,7 @@ What a store does on a healthy cluster is in the contract tests, which run on on
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,13 @@ from sessionstore._server import PrivateServer
 
 #: redis-py's asyncio client drops a node that it has found anew with its connections open.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def _collected() -> Iterator[None]:
+    """What it has dropped is found in the test that let it, not after the last."""
+    yield
+    gc.collect()
 
 
 of_each_style = pytest.mark.parametrize(
@@ -301,3 +309,76 @@ def test_sessions_are_reaped_while_another_partition_is_away(
         ]
         away.start()
         assert ended == ["error", "error"]
+
+
+def calls_of(world: World, session_id: str, store: Any) -> dict[str, Callable[[], Any]]:
+    """A write of one session by itself, and one in a batch."""
+
+    def in_a_batch() -> Any:
+        with batch_of(world, store) as batch:
+            outcome = batch.add_output(session_id, "line")
+        return outcome.result()
+
+    return {"call": lambda: store.add_output(session_id, "line"), "batch": in_a_batch}
+
+
+@pytest.mark.parametrize("by", ["call", "batch"])
+@pytest.mark.parametrize("style", STYLES)
+def test_a_node_that_has_left_the_cluster_is_left(
+    cluster: PrivateCluster, style: str, by: str
+) -> None:
+    """It stays up, and says of all slots that nobody serves them."""
+    with opened(style, cluster) as world:
+        store = world.store(deadline=5.0)
+        node, session_id = list(of_each_node(store, cluster).items())[-1]
+        cluster.remove(node)
+        assert calls_of(world, session_id, store)[by]() == 1
+        world.redis.nodes_manager.initialize()  # the test's own client
+
+
+@pytest.mark.parametrize("by", ["call", "batch"])
+@pytest.mark.parametrize("style", STYLES)
+def test_a_slot_that_nobody_served_is_found_once_somebody_does(
+    without_a_part: PrivateCluster, style: str, by: str
+) -> None:
+    cluster = without_a_part
+    with opened(style, cluster) as world:
+        away = cluster.owner_of(slot_of(f"{{{world.namespace}}}"))  # what meta is on
+        sessions = of_each_node(world.store(), cluster)
+        node, session_id = next(one for one in sessions.items() if one[0] is not away)
+        slot = slot_of(world.store().keyspace.of_session(session_id).prefix)
+        for each in cluster.nodes:
+            cluster.admin(each).execute_command("CLUSTER DELSLOTS", slot)
+        store = world.store(deadline=1.0)  # learns the topology now
+        call = calls_of(world, session_id, store)[by]
+        with pytest.raises(redis.RedisError) as caught:
+            call()
+        assert not isinstance(caught.value, OutcomeUnknownError)
+        cluster.admin(node).execute_command("CLUSTER ADDSLOTS", slot)
+        until(lambda: cluster.owner_of(slot) is node)
+        assert world.until(lambda: succeeded(call))
+
+
+def succeeded(call: Callable[[], Any]) -> bool:
+    with suppress(redis.RedisError):
+        call()
+        return True
+    return False
+
+
+def test_a_call_that_is_interrupted_gives_its_connection_back(
+    cluster: PrivateCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with SessionStore.from_url(cluster.url, cluster=True, max_connections=2) as store:
+        session_id = store.create_session("claude", "service", "/src").id
+        for step in ("send_packed_command", "read_response"):
+            with monkeypatch.context() as broken:
+                broken.setattr(redis.Connection, step, interrupted)
+                for _ in range(4):
+                    with pytest.raises(KeyboardInterrupt):
+                        store.add_output(session_id, "line")
+        assert store.add_output(session_id, "line") >= 1
+
+
+def interrupted(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt

@@ -14,6 +14,7 @@ from conftest import WORLDS, World
 from test_contract_batch import batch_of
 
 from sessionstore import AsyncSessionStore, LeaseLostError, WritesLostError
+from sessionstore.holding import Holding
 
 
 def roll_back(world: World, session_id: str, output: int = 0, errors: int = 0) -> None:
@@ -90,6 +91,52 @@ def test_a_release_gives_back_and_tells(world: World, store: Any) -> None:
     assert lost_of(told) == 2
     assert lease.released
     assert store.get_session(session_id).status == "active"
+
+
+def acknowledge_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the next write is told of a loss, an append of one entry is acknowledged."""
+    has_lost = Holding.has_lost
+
+    def told(holding: Holding, *arguments: Any) -> None:
+        holding.output.add(1)
+        has_lost(holding, *arguments)
+        monkeypatch.undo()
+
+    monkeypatch.setattr(Holding, "has_lost", told)
+
+
+@pytest.mark.parametrize("way", ["release", "leave"])
+def test_a_session_is_given_back_though_its_release_is_refused_again(
+    world: World, store: Any, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    session_id = str(store.create_session("claude", "service", "/src").id)
+
+    def work() -> None:
+        with store.claim(session_id) as lease:
+            store.add_output(session_id, "a", "b")
+            roll_back(world, session_id, output=1)
+            acknowledge_late(monkeypatch)
+            if way == "release":
+                lease.release()
+
+    with pytest.raises(WritesLostError) as told:
+        work()
+    assert lost_of(told) == 2
+    session = store.get_session(session_id)
+    assert (session.status, session.owner) == ("active", None)
+
+
+@pytest.mark.parametrize("total", ["junk", "", "-5", "3.5", "inf", "nan", "1e400"])
+def test_a_total_that_is_no_number_leaves_the_session_to_its_worker(
+    world: World, store: Any, total: str
+) -> None:
+    session_id = str(store.create_session("claude", "service", "/src").id)
+    world.redis.hset(world.session(session_id), "output_total", total)
+    with store.claim(session_id, ttl=60) as lease:
+        store.add_error(session_id, "a")
+        lease.renew()
+        assert (lease.lost, lease.writes_lost) == (False, 0)
+    assert lease.released
 
 
 def test_leaving_a_lease_gives_back_and_tells(world: World, store: Any) -> None:

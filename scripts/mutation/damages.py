@@ -121,8 +121,8 @@ FENCE_AND_LEASE = [
     ),
     _damage(
         "include/known", "more entries than the worker knows count as lost",
-        "math.max(tonumber(expected) - (tonumber(total or 0) or 0), 0)",
-        "math.abs(tonumber(expected) - (tonumber(total or 0) or 0))",
+        "math.max(tonumber(expected) - count_of(total), 0)",
+        "math.abs(tonumber(expected) - count_of(total))",
         LEASES, LOST,
     ),
     _damage(
@@ -440,7 +440,12 @@ CLAIM = [
     ),
     _damage(
         "claim", "what was there at the claim is not told",
-        "integer(tonumber(output_total or 0) or 0)", "'0'",
+        "integer(count_of(output_total))", "'0'",
+        LOST,
+    ),
+    _damage(
+        "include/known", "a total that is no number is taken for one",
+        "string.match(total, '^%d+$') and tonumber(total)", "tonumber(total)",
         LOST,
     ),
     _damage(

@@ -7,7 +7,7 @@
 -- Returns ok <fence> <entries ever added to output> <and to errors> <status it had>
 -- Errors  SESSION_NOT_FOUND  SESSION_BUSY  SESSION_NOT_ACTIVE
 -- Event   lease_expired claimed
---- @include once, clock, types, status, wake, move, lease, event
+--- @include once, clock, types, status, wake, move, lease, known, event
 local session, activity, ended, leases, events = KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local busy_index, new_owner_index = KEYS[7], KEYS[8]
 local id, prefix, worker, ttl_ms = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
@@ -50,5 +50,5 @@ redis.call('HSET', session, 'status', 'busy', 'last_activity', now, 'owner', wor
 redis.call('ZADD', leases, integer(now_ms + ttl_ms), id)
 redis.call('SADD', new_owner_index, id)
 event(events, 'claimed', id, type, worker, 'old_status', old, 'status', 'busy', 'owner', worker)
-return done(table.concat({new_fence, integer(tonumber(output_total or 0) or 0),
-  integer(tonumber(error_total or 0) or 0), old}, ' '))
+local known = {integer(count_of(output_total)), integer(count_of(error_total))}
+return done(table.concat({new_fence, known[1], known[2], old}, ' '))

@@ -17,7 +17,7 @@ local function fenced_off(given, id, status, owner, fence, expires_at, output_to
       return nil
     end
     return refuse('WRITES_LOST', {session_id = id, status = status or nil, lost = lost,
-      output_total = tonumber(output_total or 0) or 0, error_total = tonumber(error_total or 0) or 0})
+      output_total = count_of(output_total), error_total = count_of(error_total)})
   end
   local now = iso(now_us)
   if is_live(owner, expires_at, now) then
