@@ -86,7 +86,7 @@ def _options(settings: StoreSettings, retry: Any, *, nodes: int = 1, **more: Any
 def _pool(pool_class: Any, url: Any, settings: StoreSettings, retry: Any, nodes: int = 1) -> Any:
     options = _options(settings, retry, nodes=nodes)
     _refuse_other_than_text(url)
-    tls.check(url)
+    options |= tls.checked(url)
     try:
         pool = pool_class.from_url(
             url,
@@ -126,7 +126,7 @@ def _of_sentinels(
 
 def _of_cluster(client_class: Any, url: Any, options: dict[str, Any]) -> Any:
     _refuse_other_than_text(url)
-    tls.check(url)
+    options = options | tls.checked(url)
     try:
         return client_class.from_url(
             url,

@@ -29,18 +29,22 @@ _OF_A_CONTEXT = (
 )
 
 
-def check(url: str) -> None:
+def checked(url: str) -> dict[str, Any]:
     """Refuse files and options that no connection could be made with; warn of what is not verified.
+
+    Returns:
+        Options beside the URL's: redis-py 6's asyncio client takes no certificate without a file
+        of its key, though it may be in the same.
 
     Raises:
         InvalidArgumentError: the message names the option, or says what OpenSSL says.
     """
     if not url.startswith("rediss://"):
-        return
+        return {}
     try:
         options: dict[str, Any] = _redis_py.parse_url(url)
     except ValueError:
-        return  # it is no URL, which the client will say
+        return {}  # it is no URL, which the client will say
     for name in _FILES:
         _check_file(name, options.get(name))
     _check_pair(options)
@@ -59,6 +63,9 @@ def check(url: str) -> None:
         logger.warning(
             "ssl_check_hostname=false: whoever has a certificate of the CA can pass for the server"
         )
+    if "ssl_certfile" in options and "ssl_keyfile" not in options:
+        return {"ssl_keyfile": options["ssl_certfile"]}
+    return {}
 
 
 def _check_file(name: str, path: str | None) -> None:
