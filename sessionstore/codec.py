@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sessionstore.errors import UnreadableSessionError, refusal
+from sessionstore.forking import no_fork_within
 from sessionstore.models import (
     ENDED_STATUSES,
     STATUSES,
@@ -84,6 +85,7 @@ def done(reply: Any) -> str:
     return result
 
 
+@no_fork_within
 def session(
     fields: Mapping[Any, Any] | Sequence[Any],
     output: Iterable[Any],
@@ -138,6 +140,7 @@ def listed(
         return None
 
 
+@no_fork_within
 def buffer_page(cursor: int, reply: Sequence[Any]) -> BufferPage | None:
     """A page of a buffer, read from position ``cursor``; None if there is no such session."""
     if not reply[0]:
@@ -153,6 +156,7 @@ def buffer_page(cursor: int, reply: Sequence[Any]) -> BufferPage | None:
     )
 
 
+@no_fork_within
 def event(
     cursor: str, ms: int, fields: Mapping[Any, Any] | Sequence[Any], *, gap: bool
 ) -> SessionEvent | None:
@@ -176,6 +180,7 @@ def event(
         return None
 
 
+@no_fork_within
 def metrics(replies: Iterable[Sequence[Any]]) -> SessionMetrics:
     """The counts of ``get_metrics``, added up over the partitions."""
     total = 0
@@ -196,6 +201,7 @@ def metrics(replies: Iterable[Sequence[Any]]) -> SessionMetrics:
     )
 
 
+@no_fork_within
 def reaped(reply: Any) -> tuple[list[Reaped], list[str | int]]:
     """What a script of the reaper tells; and where the next one is to begin, empty at the end."""
     answer = json.loads(done(reply))

@@ -21,6 +21,7 @@ from sessionstore.acknowledged import Added
 from sessionstore.doctor import Doctor, drift_of
 from sessionstore.errors import SessionNotFoundError
 from sessionstore.exporting import Export
+from sessionstore.forking import no_fork_within
 from sessionstore.keys import Keys, Keyspace, new_session_id
 from sessionstore.listing import CREATED, Filters, Listing, Order, earliest_of_service
 from sessionstore.models import (
@@ -104,6 +105,7 @@ class SessionOperations:
             indexes.append(keys.by_mcp(fields["mcp_session_id"]))
         noted = {name: v for name, v in check.metadata(metadata or {}).items() if v is not None}
 
+        @no_fork_within
         def decode(reply: Any) -> AgentSession:
             created_at = codec.moment_of_us(int(codec.done(reply)))
             times = dict.fromkeys(("created_at", "last_activity", "read_at"), created_at)

@@ -34,6 +34,7 @@ from sessionstore import (
     SessionStatusError,
     SessionStore,
     SessionStoreError,
+    codec,
 )
 from sessionstore._server import PrivateServer
 from sessionstore.lanes import Lane, Lanes
@@ -356,6 +357,38 @@ def test_over_forks_with_threads_at_work_each_process_gets_its_own_answers(
     ]
     assert_consistent(world)
     told(attack, sum(result["asked"] for result in results), wrong, forks=CHILDREN)
+
+
+def test_nobody_forks_while_another_thread_validates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pydantic has locks, which a child would inherit without the thread that holds them."""
+    inside, may_end = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def slow(**_: Any) -> Any:
+        inside.set()
+        may_end.wait(30)
+        order.append("validated")
+
+    def fork() -> None:
+        pid = os.fork()
+        if not pid:
+            os._exit(0 if codec.metrics([]).total_sessions == 0 else 1)
+        order.append("forked")
+        order.append(f"child ended with {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}")
+
+    with monkeypatch.context() as patched, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # as in ``child``
+        patched.setattr(codec, "BufferPage", slow)
+        validating = threading.Thread(target=codec.buffer_page, args=(0, ("busy", 0, 0, 0, [])))
+        forking = threading.Thread(target=fork)
+        validating.start()
+        assert inside.wait(30)
+        forking.start()
+        forking.join(0.2)
+        may_end.set()
+        for thread in (validating, forking):
+            thread.join(30)
+    assert order == ["validated", "forked", "child ended with 0"]
 
 
 @controls("forks, threads and loops", ordinary=400, full=15_000)
