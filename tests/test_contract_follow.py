@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from conftest import World
+from conftest import CLUSTER, World
 from waiting import until
 
 import sessionstore.news
@@ -30,6 +30,7 @@ def create(store: Any, **settings: Any) -> str:
 def another(world: World, **settings: Any) -> SessionStore:
     """A blocking store on the same keys, for another thread."""
     settings = {"namespace": world.namespace, "partitions": world.partitions} | settings
+    settings |= {"cluster": True} if world.target == CLUSTER else {}
     if world.url is None:
         return SessionStore(world.client(), **settings)
     return SessionStore.from_url(world.url, **settings)
