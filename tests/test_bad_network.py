@@ -13,6 +13,7 @@ claims), ``test_batch_faults.py``, ``test_writer_crashes.py`` and ``test_contrac
 from __future__ import annotations
 
 import random
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -59,8 +60,12 @@ class Trial:
         before = world.contents()
         seen: list[dict[bytes, bytes]] = []  # after the first run, and after somebody else's write
 
+        going_on = threading.Lock()
+
         def go_on() -> None:
-            if not seen and (not world.proxy.harmed or world.proxy.harmed[-1].reply is not None):
+            with going_on:  # this may take longer than the call waits for its reply
+                if seen or (world.proxy.harmed and world.proxy.harmed[-1].reply is None):
+                    return
                 seen.append(world.contents())
                 case.meddle(world, session_id)
                 seen.append(world.contents())
@@ -73,7 +78,8 @@ class Trial:
             world.proxy.harmed, harmed = [], world.proxy.harmed
             go_on()
             world.proxy.harmed = harmed
-        first_run, meddled = seen
+        with going_on:
+            first_run, meddled = seen
         refused = isinstance(outcome, Exception) or outcome is False
         self._expect(is_as_expected(outcome, case.expected), f"answered {outcome!r}")
         self._expect((first_run == before) is refused, "carried out and refused, or neither")
