@@ -369,15 +369,14 @@ def succeeded(call: Callable[[], Any]) -> bool:
 def test_a_call_that_is_interrupted_gives_its_connection_back(
     cluster: PrivateCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with SessionStore.from_url(cluster.url, cluster=True, max_connections=2) as store:
+    with SessionStore.from_url(cluster.url, cluster=True, max_connections=1) as store:
         session_id = store.create_session("claude", "service", "/src").id
         for step in ("send_packed_command", "read_response"):
             with monkeypatch.context() as broken:
                 broken.setattr(redis.Connection, step, interrupted)
-                for _ in range(4):
-                    with pytest.raises(KeyboardInterrupt):
-                        store.add_output(session_id, "line")
-        assert store.add_output(session_id, "line") >= 1
+                with pytest.raises(KeyboardInterrupt):
+                    store.add_output(session_id, "line")
+            assert store.add_output(session_id, "line") >= 1
 
 
 def interrupted(*_: Any, **__: Any) -> None:
